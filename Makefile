@@ -1,0 +1,84 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+# They need git, make and Python 3.11 or newer, and leave everything inside this directory.
+
+VENV   ?= .venv
+PYTHON ?=
+PINS   ?=
+ARGS   ?=
+
+# Each test worker runs eight CPU devices: more workers than cores only wait for each other.
+WORKERS ?= 2
+
+DEMO = examples/language_model.py --compare --out demo
+
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input
+USABLE = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+
+.PHONY: help demo test lint format reference clean
+
+help:  ## show this help
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "  PYTHON=python3.12     the interpreter (default: the first usable of python3, python3.14 … 3.11)"
+	@echo "  VENV=.venv-3.12       the environment directory"
+	@echo "  PINS='jax==0.10.1'    further requirements for a new environment"
+	@echo "  ARGS='-k zero -x'     further arguments for pytest, or for the demo"
+
+demo: $(VENV)/.examples  ## train the language model with and without a clip, and draw both
+	@$(BIN)/python $(DEMO) $(ARGS)
+
+test: $(VENV)/.dev  ## run the test suite
+	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(VENV)/.dev  ## check style, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.dev  ## fix style and format in place
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+reference:  ## say how to make the reference numbers anew (by hand)
+	@echo "The numbers in tests/reference/*.json are made by hand. Those of other frameworks, with them:"
+	@echo
+	@echo "  python3 -m venv .venv-reference"
+	@echo "  .venv-reference/bin/pip install torch tensorflow-cpu keras 'jax==0.10.2' 'optax==0.2.8'"
+	@echo "  .venv-reference/bin/python tests/reference/make_reference.py"
+	@echo
+	@echo "What optax does to the hard cases, in the environment of the tests:"
+	@echo
+	@echo "  $(BIN)/python tests/reference/optax_behaviour.py"
+
+clean:  ## remove the environments, the caches and the demo's output
+	rm -rf .venv .venv-* demo build dist .hypothesis .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp in the environment says what is installed; a change of pyproject.toml installs again.
+$(VENV)/.examples: extras = examples
+$(VENV)/.dev: extras = dev,examples
+$(VENV)/.examples $(VENV)/.dev: pyproject.toml | $(VENV)/.made
+	@echo "Installing gradclip-jax[$(extras)] into $(VENV); the first time takes a few minutes."
+	@$(PIP) install -qq -e '.[$(extras)]' $(PINS)
+	@touch $@
+
+$(VENV)/.made:
+	@if $(BIN)/python -c '$(USABLE)' 2>/dev/null && $(PIP) --version >/dev/null 2>&1; then \
+	  touch $@; exit; \
+	fi; \
+	for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
+	  if $$python -c '$(USABLE)' 2>/dev/null; then \
+	    echo "Making $(VENV) with $$($$python -V)."; \
+	    $$python -m venv $(VENV) && touch $@; \
+	    exit; \
+	  fi; \
+	done; \
+	if [ -n "$(PYTHON)" ]; then \
+	  echo "PYTHON=$(PYTHON) is not a Python 3.11 or newer with the module venv:"; \
+	  $(PYTHON) -c 'import sys; print("it is Python", sys.version.split()[0]); import venv, ensurepip'; \
+	else \
+	  echo "No Python 3.11 or newer with the module venv was found as python3 or python3.11 … 3.14."; \
+	fi >&2; \
+	echo "Install one (on Debian and Ubuntu with python3-venv) or name it: make PYTHON=/path/to/python3.12" >&2; \
+	exit 1
