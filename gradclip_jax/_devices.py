@@ -1,0 +1,237 @@
+"""Where a leaf lives: the mesh axes along which it is split, and the memory that holds it.
+
+What differs between versions of jax about types and memories is in this file and nowhere else.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import compute_on as _compute_on
+from jax.sharding import PartitionSpec
+
+AxisName = Any
+"""None, a name, names, or a prefix pytree of PartitionSpecs: see `reduced_axes`."""
+
+# jax 0.10 and 0.11 call it `compute_on2`, beside a context manager that owned the plain name.
+_computed_on: Callable[..., Any] = getattr(_compute_on, "compute_on2", _compute_on.compute_on)
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """Manual mesh axes along which the type of `x` says that devices hold different values."""
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)
+    # Before `manual_axis_type` the set of varying axes was the attribute itself.
+    return frozenset(kind.vma if manual is None else manual.varying)
+
+
+def unreduced_axes(x: Any) -> frozenset[str]:
+    """Mesh axes along which the type of `x` says that it is a partial sum, manual or not."""
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)
+    explicit = getattr(getattr(kind.sharding, "spec", None), "unreduced", ())
+    return frozenset(explicit) | frozenset(() if manual is None else manual.unreduced)
+
+
+def manual_axes() -> tuple[str, ...]:
+    """Mesh axes that `shard_map` or `pmap` made manual around the code that runs now."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def types_tell() -> bool:
+    """Whether `shard_map` checks types here (`check_vma=True`), so that they can be believed."""
+    axes = manual_axes()
+    return bool(axes) and bool(varying_axes(jax.lax.axis_index(axes[0])))
+
+
+def per_leaf(axis_name: AxisName, tree: Any) -> list[Any]:
+    """Give every leaf of `tree` its part of `axis_name`: None, a tuple of names, or a spec."""
+    count = len(jax.tree.leaves(tree))
+    if axis_name is None or isinstance(axis_name, PartitionSpec):
+        return [axis_name] * count
+    if isinstance(axis_name, str):
+        return [(axis_name,)] * count
+    if isinstance(axis_name, tuple | list) and all(isinstance(name, str) for name in axis_name):
+        return [tuple(axis_name)] * count
+    specs, treedef = jax.tree.flatten(axis_name, is_leaf=_is_spec)
+    if not all(_is_spec(spec) for spec in specs):
+        raise ValueError(
+            "`axis_name` must be a name, names, or a prefix pytree of PartitionSpecs, "
+            f"got {axis_name!r}."
+        )
+    try:
+        subtrees = treedef.flatten_up_to(tree)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"`axis_name` must be a prefix pytree of the updates, got {axis_name!r}: {error}"
+        ) from error
+    given = zip(specs, subtrees, strict=True)
+    return [
+        PartitionSpec() if spec is None else spec
+        for spec, subtree in given
+        for _ in jax.tree.leaves(subtree)
+    ]
+
+
+def of_pair(axis_name: AxisName) -> AxisName:
+    """The `axis_name` of two trees of one structure that are measured together."""
+    names = (
+        axis_name is None
+        or isinstance(axis_name, str | PartitionSpec)
+        or (
+            isinstance(axis_name, tuple | list) and all(isinstance(name, str) for name in axis_name)
+        )
+    )
+    return axis_name if names else (axis_name, axis_name)
+
+
+def reduced_axes(
+    path: str, x: Any, given: Any, dims: tuple[int, ...] | None, checked: bool
+) -> tuple[str, ...]:
+    """Mesh axes over which a sum over `dims` of the leaf `x` (None: all of it) must go on.
+
+    `given` is what the caller said of this leaf: None (ask its type, if types are `checked`), a
+    tuple of names, or a PartitionSpec. Raises ValueError where none of them tells.
+    """
+    if partial := unreduced_axes(x):
+        raise ValueError(_not_averaged(path, partial, "is a partial sum (unreduced)", "psum"))
+    if given is None and not checked and manual_axes():
+        raise ValueError(
+            "`axis_name` must be given inside `pmap`, or `shard_map` with `check_vma=False`: there "
+            "the type of a gradient does not say along which mesh axes it is split. Pass a name or "
+            'names (`axis_name="data"`) when every leaf is split along them, the tree of '
+            "PartitionSpecs (the `in_specs`) when some leaves are replicated, or `axis_name=()` "
+            "when all are (after `jax.lax.pmean`)."
+        )
+    split = varying_axes(x) if checked else frozenset()
+    if isinstance(given, PartitionSpec):
+        entries = given if dims is None else [entry for i, entry in enumerate(given) if i in dims]
+        axes = frozenset(_names(entries))
+    else:
+        axes = split if given is None else frozenset(given)
+    for axis in axes:
+        _check_bound(axis)
+    # The caller says where to look; checked types still say what is replicated there.
+    axes = axes & split if checked else axes
+    if axes and dims is not None and len(x.shape) > 1 and not isinstance(given, PartitionSpec):
+        raise ValueError(
+            f"`axis_name` must be a tree of PartitionSpecs for norms of units: `{path}` is split "
+            f"along mesh axes {sorted(axes)}, and only its spec says which dimension of it is."
+        )
+    return tuple(sorted(axes))
+
+
+def whole_shape(x: Any, given: Any) -> tuple[int, ...]:
+    """The shape of a leaf over all devices, as far as `given` says how it is split."""
+    entries = tuple(given) if isinstance(given, PartitionSpec) else ()
+    padded = entries + (None,) * (len(x.shape) - len(entries))
+    return tuple(size * axis_size(_names([e])) for size, e in zip(x.shape, padded, strict=True))
+
+
+def check_averaged(updates: Any, params: Any) -> None:
+    """Raise when the types tell that a gradient still differs where its parameter does not."""
+    if not types_tell():
+        return
+    named, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=lambda x: x is None)
+    for (path, update), param in zip(named, treedef.flatten_up_to(params), strict=True):
+        extra = frozenset() if update is None else varying_axes(update) - varying_axes(param)
+        if extra:
+            what = "varies along it while its parameter does not"
+            raise ValueError(_not_averaged(path_name(path), extra, what, "pmean"))
+
+
+def axis_size(axes: Iterable[str]) -> int:
+    """Number of devices along `axes` together."""
+    size = 1
+    for axis in axes:
+        size *= jax.lax.axis_size(axis)
+    return size
+
+
+def any_device(flags: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Elementwise or of boolean `flags` over the devices that may hold different ones."""
+    if types_tell():
+        axes = varying_axes(flags)
+    else:
+        specs = jax.tree.leaves(axis_name, is_leaf=_is_spec)
+        axes = {
+            name for spec in specs for name in _names([spec] if isinstance(spec, str) else spec)
+        }
+    return jax.lax.psum(flags.astype("int32"), tuple(sorted(axes))) > 0 if axes else flags
+
+
+def filled_like(number: float, kind: jax.ShapeDtypeStruct) -> jax.Array:
+    """A new array full of one number, with the shape, dtype and varying axes of `kind`."""
+    return varying_like(jax.numpy.full(kind.shape, number, kind.dtype), kind)
+
+
+def varying_like(x: jax.Array, other: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    """`x`, with a type that varies along the axes along which that of `other` does."""
+    missing = tuple(sorted(varying_axes(other) - varying_axes(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def reduced_in_place(f: Callable[..., jax.Array], x: jax.Array, *numbers: jax.Array) -> jax.Array:
+    """`f(x, *numbers)`, computed in the memory that holds `x`; the result is on the device."""
+    return _in_place(f, jax.memory.Space.Device, x, *numbers)
+
+
+def changed_in_place(f: Callable[..., jax.Array], x: jax.Array, *numbers: jax.Array) -> jax.Array:
+    """`f(x, *numbers)`, computed in the memory that holds `x`, and left there."""
+    return _in_place(f, jax.memory.Space.Host, x, *numbers)
+
+
+def beside(number: float, x: jax.Array) -> jax.Array:
+    """A number in the dtype and the memory of `x`: constants are on the device."""
+    array = jax.numpy.asarray(number, x.dtype)
+    host = jax.memory.Space.Host
+    return jax.device_put(array, host) if jax.typeof(x).memory_space == host else array
+
+
+def path_name(path: Any) -> str:
+    """A key path as users write it: `encoder/kernel`."""
+    # The array within an `nnx.Variable` is its attribute `value`; the variable has the name.
+    while path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _in_place(
+    f: Callable[..., jax.Array], space: Any, x: jax.Array, *numbers: jax.Array
+) -> jax.Array:
+    host = jax.memory.Space.Host
+    if jax.typeof(x).memory_space != host:
+        return f(x, *numbers)
+    there = [jax.device_put(number, host) for number in numbers]
+    return _computed_on(f, compute_type="device_host", out_memory_spaces=space)(x, *there)
+
+
+def _is_spec(x: Any) -> bool:
+    return x is None or isinstance(x, PartitionSpec)
+
+
+def _names(spec: Sequence[Any] | PartitionSpec | None) -> Iterable[str]:
+    for entry in spec or ():
+        if isinstance(entry, str):
+            yield entry
+        elif isinstance(entry, tuple):
+            yield from entry
+
+
+def _check_bound(axis: str) -> None:
+    try:
+        jax.lax.axis_size(axis)
+    except NameError as error:
+        raise ValueError(
+            f"`axis_name` must name axes that `shard_map`, `pmap` or `vmap` bound here, "
+            f"got {axis!r}. Under `jit` with shardings leave it out: the norm is global already."
+        ) from error
+
+
+def _not_averaged(path: str, axes: Iterable[str], what: str, collective: str) -> str:
+    names = sorted(axes)
+    axis = repr(names[0]) if len(names) == 1 else repr(tuple(names))
+    return (
+        f"the gradient of `{path}` is not averaged along mesh axis {axis}: it {what}, so its norm "
+        f"would be that of one share. Call `jax.lax.{collective}(grads, {axis})` before the clip."
+    )

@@ -1,0 +1,509 @@
+"""Reduce a pytree to norms: the only reduction and the only collective of the library.
+
+Every measure returns norms whose tree is a prefix of the tree it measured, so the code above
+never asks at which granularity it works.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._devices import (
+    AxisName,
+    axis_size,
+    beside,
+    path_name,
+    per_leaf,
+    reduced_axes,
+    reduced_in_place,
+    types_tell,
+    varying_axes,
+    whole_shape,
+)
+
+Axes = int | tuple[int, ...] | Callable[[str, Any], int | tuple[int, ...] | None] | None
+"""Axes that one unit spans: see `unit_norms`."""
+
+
+def global_norm(tree: Any, *, order: float = 2, axis_name: AxisName = None) -> jax.Array:
+    r"""Norm of all leaves together, as if they were one long vector.
+
+    $$ \lVert g \rVert_p = \Big( \sum_{\ell} \sum_i |g_{\ell i}|^p \Big)^{1/p} $$
+
+    Args:
+      tree: Pytree of arrays of any shape and of any float or complex dtype. Other leaves
+        (integers, booleans, PRNG keys, float0) and None are not counted.
+      order: Order p of the norm, at least 1; `inf` for the largest modulus.
+      axis_name: Needed only inside `pmap`, or `shard_map` with `check_vma=False`: a mesh axis or
+        axes along which every leaf is split, or a prefix pytree of PartitionSpecs.
+
+    Returns:
+      A scalar in float32 (float64 under x64). Finite as long as the norm itself is below the
+      largest float32, also where squares overflow; not zero as long as any element is normal.
+
+    Raises:
+      ValueError: For an order below 1, an axis that is not bound, or a missing `axis_name`.
+
+    >>> import jax.numpy as jnp
+    >>> from gradclip_jax import global_norm
+    >>> float(global_norm({"w": jnp.array([3.0]), "b": jnp.array([4e30])}) / 4e30)
+    1.0
+    """
+    measured = _flatten(tree, axis_name)
+    everything = tuple(range(len(measured.leaves)))
+    (norm,) = _measure(measured, dims=None, groups=(everything,), order=order)
+    return norm
+
+
+def leaf_norms(tree: Any, *, order: float = 2, axis_name: AxisName = None) -> Any:
+    """Norm of each array: the tree with a scalar for each leaf.
+
+    Takes the arguments of `global_norm`. Leaves that are not counted have None for a norm.
+
+    >>> import jax.numpy as jnp
+    >>> from gradclip_jax import leaf_norms
+    >>> norms = leaf_norms({"w": jnp.array([3.0, 4.0]), "b": jnp.zeros(2)})
+    >>> float(norms["w"]), float(norms["b"])
+    (5.0, 0.0)
+    """
+    measured = _flatten(tree, axis_name)
+    each = tuple((i,) for i in range(len(measured.leaves)))
+    return measured.unflatten(_measure(measured, dims=None, groups=each, order=order))
+
+
+def unit_norms(
+    tree: Any, *, axes: Axes = None, order: float = 2, axis_name: AxisName = None
+) -> Any:
+    """Norm of each unit: of the weights that lead into one output, say.
+
+    Args:
+      tree: As in `global_norm`.
+      axes: The axes that one unit spans. By default all axes but the last (the inputs of a
+        `Dense` kernel of shape (inputs, outputs)), and a vector or scalar is one unit. Or an int,
+        or a tuple of ints (an axis that a leaf does not have is left out, so `(0, 1)` serves
+        kernels and biases), or a callable of path (`"encoder/kernel"`) and leaf (its shape over
+        all devices, and its dtype) that returns either, or None for the default. For layers
+        stacked by `scan` over axis 0, `axes=1` keeps the layers apart.
+      order: As in `global_norm`.
+      axis_name: As in `global_norm`; leaves that are split inside `shard_map` need the
+        PartitionSpecs, because only they say which dimension is split.
+
+    Returns:
+      The tree with, for each leaf, its norms in an array of the same rank: the axes that a unit
+      spans have size one.
+
+    >>> import jax.numpy as jnp
+    >>> from gradclip_jax import unit_norms
+    >>> print(unit_norms(jnp.array([[3.0, 0.0], [4.0, 1.0]])))
+    [[5. 1.]]
+    """
+    measured = _flatten(tree, axis_name)
+    dims = tuple(
+        _unit_dims(axes, path, jax.ShapeDtypeStruct(whole_shape(leaf, given), leaf.dtype))
+        for path, leaf, given in zip(measured.paths, measured.leaves, measured.given, strict=True)
+    )
+    each = tuple((i,) for i in range(len(measured.leaves)))
+    return measured.unflatten(_measure(measured, dims=dims, groups=each, order=order))
+
+
+def group_norms(
+    tree: Any, *, labels: Any, order: float = 2, axis_name: AxisName = None
+) -> "GroupNorms":
+    """Norm of each group of leaves that share a label.
+
+    Args:
+      tree: As in `global_norm`.
+      labels: A prefix pytree of labels (strings or numbers), or a callable that makes one from
+        the tree, as in `optax.partition`.
+      order: As in `global_norm`.
+      axis_name: As in `global_norm`.
+
+    Returns:
+      A dict with one scalar for each label.
+
+    Raises:
+      ValueError: When the labels do not cover the tree.
+
+    >>> import jax.numpy as jnp
+    >>> from gradclip_jax import group_norms
+    >>> grads = {"a": jnp.array(3.0), "b": jnp.array(4.0), "c": jnp.array(1.0)}
+    >>> norms = group_norms(grads, labels={"a": "body", "b": "body", "c": "head"})
+    >>> float(norms["body"]), float(norms["head"])
+    (5.0, 1.0)
+    """
+    measured = _flatten(tree, axis_name)
+    of_leaf = leaf_labels(labels, tree)
+    pairs = zip(of_leaf, measured.positions, strict=True)
+    counted = [label for label, position in pairs if position is not None]
+    names = sorted(set(counted), key=str)
+    groups = tuple(tuple(i for i, label in enumerate(counted) if label == name) for name in names)
+    norms = _measure(measured, dims=None, groups=groups, order=order)
+    return GroupNorms(zip(names, norms, strict=True), labels=of_leaf)
+
+
+def leaf_sizes(tree: Any, *, axis_name: AxisName = None) -> Any:
+    """Number of elements of each leaf that `leaf_norms` counts, over all devices that hold it."""
+    measured = _flatten(tree, axis_name)
+    checked = types_tell()
+    return measured.unflatten(
+        [
+            leaf.size * axis_size(reduced_axes(path, leaf, given, None, checked))
+            for path, leaf, given in zip(
+                measured.paths, measured.leaves, measured.given, strict=True
+            )
+        ]
+    )
+
+
+class GroupNorms(dict):
+    """Norms by label, with the label of every leaf: what `spread` needs to give them back."""
+
+    def __init__(self, norms: Any, *, labels: tuple[Any, ...]):
+        """Keep the norms, and the labels of all leaves in the order of the tree."""
+        super().__init__(norms)
+        self.labels = labels
+
+
+jax.tree_util.register_pytree_with_keys(
+    GroupNorms,
+    lambda norms: (
+        [(jax.tree_util.DictKey(label), norm) for label, norm in norms.items()],
+        (tuple(norms), norms.labels),
+    ),
+    lambda aux, children: GroupNorms(zip(aux[0], children, strict=True), labels=aux[1]),
+)
+
+
+def spread(norms: Any, tree: Any) -> list[Any]:
+    """Give every leaf of `tree` the entry of `norms`, a prefix of it, that covers the leaf."""
+    if isinstance(norms, GroupNorms):
+        return [norms.get(label) for label in norms.labels]
+    entries, treedef = jax.tree.flatten(norms, is_leaf=lambda x: x is None)
+    try:
+        subtrees = treedef.flatten_up_to(tree)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"`measure` must return norms whose tree is a prefix of the updates: {error}"
+        ) from error
+    pairs = zip(entries, subtrees, strict=True)
+    return [entry for entry, subtree in pairs for _ in jax.tree.leaves(subtree)]
+
+
+def leaf_labels(labels: Any, tree: Any) -> tuple[Any, ...]:
+    """The label of every leaf of `tree`, from a prefix pytree of labels or a callable."""
+    entries, treedef = jax.tree.flatten(labels(tree) if callable(labels) else labels)
+    try:
+        subtrees = treedef.flatten_up_to(tree)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"`labels` must cover the tree of the updates: {error}") from error
+    pairs = zip(entries, subtrees, strict=True)
+    return tuple(entry for entry, subtree in pairs for _ in jax.tree.leaves(subtree))
+
+
+def is_gradient(leaf: Any) -> bool:
+    """Whether a leaf is a real or complex gradient, and not an integer, a key or a float0."""
+    dtype = getattr(leaf, "dtype", None)
+    return (
+        isinstance(leaf, float | complex) if dtype is None else jnp.issubdtype(dtype, jnp.inexact)
+    )
+
+
+def norm_dtype() -> Any:
+    """The dtype of norms and limits: float32, or float64 under x64."""
+    return jax.dtypes.canonicalize_dtype(float)
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """A leaf in at least the precision of norms, so that float16 squares do not overflow."""
+    if jnp.iscomplexobj(x):
+        wide = jnp.complex64 if norm_dtype() == jnp.float32 else jnp.complex128
+    else:
+        wide = norm_dtype()
+    return x if jnp.finfo(x.dtype).bits > jnp.finfo(wide).bits else x.astype(wide)
+
+
+def stack(arrays: Sequence[jax.Array], rank: int = 0) -> list[jax.Array]:
+    """Many scalars as one vector, so that 500 of them cost one operation; larger arrays as is."""
+    if len(arrays) > 1 and all(array.ndim == rank for array in arrays):
+        return [jnp.stack(arrays, axis=-1)]
+    return list(arrays)
+
+
+def unstack(arrays: Sequence[jax.Array], count: int) -> list[jax.Array]:
+    """Undo `stack` along the last axis."""
+    if len(arrays) != count:
+        return list(jnp.unstack(arrays[0], axis=-1))
+    return list(arrays)
+
+
+class _Measured(NamedTuple):
+    """The leaves of a tree that count, what is known of each, and the way back."""
+
+    leaves: list[jax.Array]
+    paths: list[str]
+    given: list[Any]
+    positions: list[int | None]
+    treedef: Any
+
+    def unflatten(self, norms: Sequence[Any]) -> Any:
+        return self.treedef.unflatten([None if i is None else norms[i] for i in self.positions])
+
+
+def _flatten(tree: Any, axis_name: AxisName) -> _Measured:
+    named, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    measured = _Measured([], [], [], [], treedef)
+    for (path, leaf), given in zip(named, per_leaf(axis_name, tree), strict=True):
+        counts = is_gradient(leaf)
+        measured.positions.append(len(measured.leaves) if counts else None)
+        if counts:
+            measured.leaves.append(leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf))
+            measured.paths.append(path_name(path))
+            measured.given.append(given)
+    return measured
+
+
+def _unit_dims(axes: Axes, path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    rank = leaf.ndim
+    strict = callable(axes)
+    if callable(axes):
+        axes = axes(path, leaf)
+    if axes is None:
+        return tuple(range(rank - 1)) if rank > 1 else tuple(range(rank))
+    given = (axes,) if isinstance(axes, int) else tuple(axes)
+    if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in given):
+        raise ValueError(f"`axes` must be an int or a tuple of ints, got {axes!r}.")
+    kept = [axis for axis in given if -rank <= axis < rank]
+    if strict and len(kept) < len(given):
+        raise ValueError(f"`axes` must be axes of `{path}`, which has {rank}, got {axes!r}.")
+    return tuple(sorted({axis % rank for axis in kept}))
+
+
+def check_order(order: Any) -> float:
+    """Return `order` when it is a Python number of at least 1, the order of a norm."""
+    if isinstance(order, bool) or not isinstance(order, int | float) or not order >= 1:
+        raise ValueError(
+            "`order` must be a Python number of at least 1 (`inf` for the largest modulus), "
+            f"got {order!r}."
+        )
+    return float(order)
+
+
+def _measure(
+    measured: _Measured,
+    *,
+    dims: tuple[tuple[int, ...], ...] | None,
+    groups: tuple[tuple[int, ...], ...],
+    order: float,
+) -> list[jax.Array]:
+    """Norms of groups of leaves; with `dims`, of each leaf over these axes, which are kept."""
+    order = check_order(order)
+    all_dims = (None,) * len(measured.leaves) if dims is None else dims
+    checked = types_tell()
+    along = tuple(
+        _Along(reduced_axes(path, leaf, given, over, checked), tuple(sorted(varying_axes(leaf))))
+        for path, leaf, given, over in zip(
+            measured.paths, measured.leaves, measured.given, all_dims, strict=True
+        )
+    )
+    return _norms_of_groups(measured.leaves, dims=all_dims, along=along, groups=groups, order=order)
+
+
+class _Cell(NamedTuple):
+    """The leaves of one group that are split alike and reduced over the same mesh axes."""
+
+    group: int
+    along: "_Along"
+    members: tuple[int, ...]
+
+
+class _Along(NamedTuple):
+    """Mesh axes to reduce over, and all along which the type says that a leaf varies."""
+
+    axes: tuple[str, ...]
+    varying: tuple[str, ...]
+
+
+# Called eagerly this is one cached program for each tree structure; inside a trace it inlines.
+@functools.partial(jax.jit, static_argnames=("dims", "along", "groups", "order"), inline=True)
+def _norms_of_groups(leaves, *, dims, along, groups, order):
+    cells = [
+        _Cell(group, split, tuple(i for i in members if along[i] == split))
+        for group, members in enumerate(groups)
+        for split in sorted({along[i] for i in members}) or [_Along((), ())]
+    ]
+    over_leaves = functools.partial(_over_leaves, leaves, dims)
+    over_devices = functools.partial(_over_devices, cells, len(groups))
+    if order == 1:
+        moduli = functools.partial(over_leaves, _sum_of_moduli)
+        return over_devices(lambda here: stack(moduli(here)), jax.lax.psum, jnp.add)
+    if order == 2:
+        squares = functools.partial(over_leaves, _sum_of_squares)
+        sizes = [leaf.size for leaf in leaves]
+        bins = over_devices(lambda here: _bins(squares, here, sizes), jax.lax.psum, jnp.add)
+        return unstack([_root_of_bins(b) for b in stack(bins, rank=1)], len(groups))
+    largest = functools.partial(over_leaves, _largest_modulus, join=jnp.maximum)
+    norms = over_devices(lambda here: stack(largest(here)), jax.lax.pmax, jnp.maximum)
+    if order == math.inf:
+        return norms
+    scales = [_inverse_power_of_two(jax.lax.stop_gradient(norm)) for norm in norms]
+    powers = functools.partial(over_leaves, functools.partial(_sum_of_powers, order=order))
+    sums = over_devices(
+        lambda here: stack(powers(here, numbers=[scales[cell.group] for cell in here])),
+        jax.lax.psum,
+        jnp.add,
+    )
+    roots = [_safe_power(total, 1 / order) for total in sums]
+    # Not `root / first / second`: XLA makes that `root / (first * second)`, which overflows.
+    return [
+        root * (1 / first) * (1 / second)
+        for root, (first, second) in zip(roots, scales, strict=True)
+    ]
+
+
+def _over_leaves(leaves, dims, of_leaf, cells, *, numbers=None, join=jnp.add):
+    """One array for each cell: reduced over the elements of a leaf, then over its leaves."""
+    reduced = []
+    for position, cell in enumerate(cells):
+        number = () if numbers is None else numbers[position]
+        parts = [
+            reduced_in_place(functools.partial(of_leaf, dims=dims[i]), leaves[i], *number)
+            for i in cell.members
+        ]
+        reduced.append(functools.reduce(join, parts) if parts else jnp.zeros((), norm_dtype()))
+    return reduced
+
+
+def _over_devices(cells, group_count, of_cells, collective, join):
+    """One array for each group, by one collective for each distinct set of mesh axes."""
+    joined: list[Any] = [None] * group_count
+    for along in dict.fromkeys(cell.along for cell in cells):
+        here = [cell for cell in cells if cell.along == along]
+        packed = of_cells(here)
+        if along.axes:
+            packed = _at_once(functools.partial(collective, axis_name=along.axes), packed)
+        for cell, total in zip(here, unstack(packed, len(here)), strict=True):
+            known = joined[cell.group]
+            joined[cell.group] = total if known is None else join(known, total)
+    return joined
+
+
+def _at_once(collective, arrays):
+    """Apply a collective to all arrays as one vector: given a tree it would make one of each."""
+    flat = jnp.concatenate([array.ravel() for array in arrays])
+    ends = np.cumsum([array.size for array in arrays])[:-1].tolist()
+    parts = jnp.split(collective(flat), ends)
+    return [part.reshape(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+def _bins(squares, cells, sizes):
+    """Sums of squares of each cell, each in one of three bins (a new first axis).
+
+    The plain sum serves as long as it is in the safe range, where no square that matters can have
+    overflowed or underflowed. Outside, the sum is taken again of elements scaled by a fixed power
+    of two, and goes to the bin of that scale. Each device chooses its bin alone and the bins of
+    all of them are added: that takes one collective, and none for agreeing on a scale.
+    """
+    safe = _SafeRange(norm_dtype())
+    plain = stack(squares(cells))
+    counts = [sum(sizes[i] for i in cell.members) for cell in cells]
+    least = [np.asarray(counts)] if len(plain) < len(cells) else counts
+    scales = [safe.scale(s, count) for s, count in zip(plain, least, strict=True)]
+    unsafe = functools.reduce(jnp.logical_or, [jnp.any(scale != 1) for scale in scales])
+    numbers = [(scale,) for scale in unstack(scales, len(cells))]
+    exact = jax.lax.cond(unsafe, lambda: stack(squares(cells, numbers=numbers)), lambda: plain)
+    return [
+        jnp.stack([jnp.where(chosen, s, 0) for chosen in (scale > 1, scale == 1, scale < 1)])
+        for s, scale in zip(exact, scales, strict=True)
+    ]
+
+
+def _root_of_bins(bins: jax.Array) -> jax.Array:
+    """Norms from the sums of `_bins`: the bin of the largest scale, and what its neighbour adds."""
+    safe = _SafeRange(bins.dtype)
+    small, plain, large = (_safe_power(bins[i], 0.5) for i in range(3))
+    return jnp.where(
+        large != 0,
+        _joint(large, plain * safe.down) * safe.up,
+        jnp.where(plain != 0, _joint(plain, small * safe.down), small * safe.down),
+    )
+
+
+class _SafeRange:
+    """Where a plain sum of squares can be believed, and the powers of two that serve outside.
+
+    In float32 the scales are 2^80 and 2^-80: they take any element whose square is lost to where
+    it is not. A power of two rounds nothing; and it is fixed, because XLA turns `x / scale` into
+    `x * (1 / scale)`, which flushes to zero for scales above 8.5e37.
+    """
+
+    def __init__(self, dtype: Any):
+        info = jnp.finfo(dtype)
+        self.up = 2.0 ** (info.maxexp * 5 // 8)
+        self.down = 1 / self.up
+        # Room for the sums of 2^28 devices and leaves to be added.
+        self.most = 2.0 ** (info.maxexp * 25 // 32)
+        # Each of n squares may lose up to `tiny`; the sum must not notice.
+        self.least = float(info.tiny) / float(info.eps)
+
+    def scale(self, plain: jax.Array, count: Any) -> jax.Array:
+        """1, or the power of two by which elements with that plain sum must be scaled."""
+        low = plain < jnp.asarray(count * self.least, plain.dtype)
+        scale = jnp.where(plain > self.most, self.down, jnp.where(low, self.up, 1.0))
+        return scale.astype(plain.dtype)
+
+
+def _sum_of_squares(x, scale=None, *, dims):
+    parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+    wide = [widen(part) if scale is None else widen(part) * scale for part in parts]
+    return _sum(functools.reduce(jnp.add, [part * part for part in wide]), dims)
+
+
+def _sum_of_moduli(x, *, dims):
+    return _sum(jnp.abs(widen(x)), dims)
+
+
+def _sum_of_powers(x, first, second, *, order, dims):
+    scaled = jnp.abs(widen(x)) * first * second
+    return _sum(scaled ** (int(order) if order == int(order) else order), dims)
+
+
+def _largest_modulus(x, *, dims):
+    moduli = jnp.abs(widen(x))
+    # A maximum over devices loses NaN (seen on CPU), and it never loses infinity.
+    moduli = jnp.where(jnp.isnan(moduli), beside(jnp.inf, moduli), moduli)
+    return jnp.max(moduli, axis=dims, keepdims=dims is not None, initial=0)
+
+
+def _sum(x, dims):
+    return jnp.sum(x, axis=dims, keepdims=dims is not None)
+
+
+def _inverse_power_of_two(norm: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two powers of two whose product is near 1 / norm; both and their inverses are normal."""
+    usable = jnp.isfinite(norm) & (norm != 0)
+    exponent = jnp.frexp(jnp.where(usable, norm, 1))[1]
+    half = exponent // 2
+    one = jnp.ones_like(norm)
+    return jnp.ldexp(one, -half), jnp.ldexp(one, half - exponent)
+
+
+def _safe_power(x: jax.Array, exponent: float) -> jax.Array:
+    """`x ** exponent` for x >= 0, with derivative 0 at 0; NaN stays NaN (`x > 0` would hide it)."""
+    inside = jnp.where(x != 0, x, 1)
+    power = jnp.sqrt(inside) if exponent == 0.5 else inside**exponent
+    return jnp.where(x != 0, power, 0)
+
+
+def _joint(most: jax.Array, least: jax.Array) -> jax.Array:
+    """The norm of two norms without the overflow of their squares; 0 if `most` is."""
+    # Not computed from a zero: the derivative of the ratio would be 0 / 0.
+    nonzero = most != 0
+    most, least = jnp.where(nonzero, most, 1), jnp.where(nonzero, least, 0)
+    most, least = jnp.maximum(most, least), jnp.minimum(most, least)
+    ratio = least / most
+    return jnp.where(nonzero, most * jnp.sqrt(1 + ratio * ratio), 0)
