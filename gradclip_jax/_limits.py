@@ -1,0 +1,158 @@
+"""Limits: recurrences on a number, from the norms seen so far to the norm that is allowed.
+
+A limit is written elementwise on norms, so any limit serves at any granularity.
+"""
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+Threshold = Any
+"""A Python number, an array of any float dtype, a traced value, an optax schedule, or None."""
+
+
+class Limit(NamedTuple):
+    """A recurrence on norms: a pair of functions, and whether it learns from what it sees.
+
+    Attributes:
+      init: `norm -> state`. Gets an array of zeros of the shape and dtype of the norms.
+      update: `(norm, state) -> (limit, state)`. Elementwise: the limit has the shape of the norm,
+        and the trailing axes of every array in the state of a limit that learns are those of the
+        norm.
+      learns: Whether the state takes in the norm. If so, a norm that is not finite leaves the
+        state as it was, element by element (`observe` sees to it). A clock does not learn.
+    """
+
+    init: Callable[[jax.Array], Any]
+    update: Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+    learns: bool = True
+
+
+def constant(limit: Threshold) -> Limit:
+    """The same limit at every step, or the one of a schedule.
+
+    Args:
+      limit: Non-negative number, array or traced value; an optax schedule, called with the number
+        of updates so far; or None, for no limit. A traced or scheduled value that is negative or
+        NaN counts as 0, so that the sign of an update never turns.
+
+    Raises:
+      ValueError: For a number that is negative, NaN, boolean or not a number.
+
+    >>> import jax.numpy as jnp
+    >>> from gradclip_jax import constant
+    >>> five = constant(5.0)
+    >>> limit, state = five.update(jnp.float32(7.0), five.init(jnp.float32(0.0)))
+    >>> float(limit)
+    5.0
+    """
+    limit = check_threshold("limit", limit)
+    if callable(limit):
+        return Limit(
+            lambda norm: jnp.zeros((), jnp.int32),
+            lambda norm, count: (_filled(limit(count), norm), optax.safe_increment(count)),
+            learns=False,
+        )
+    return Limit(lambda norm: (), lambda norm, state: (_filled(limit, norm), state), learns=False)
+
+
+def minimum(a: Limit | Threshold, b: Limit | Threshold) -> Limit:
+    """The smaller of two limits: `minimum(adaptive, 1.0)` is an adaptive limit with a cap.
+
+    >>> import jax.numpy as jnp
+    >>> from gradclip_jax import minimum
+    >>> capped = minimum(5.0, 1.0)
+    >>> limit, state = capped.update(jnp.float32(7.0), capped.init(jnp.float32(0.0)))
+    >>> float(limit)
+    1.0
+    """
+    return _joined(jnp.minimum, a, b)
+
+
+def maximum(a: Limit | Threshold, b: Limit | Threshold) -> Limit:
+    """The larger of two limits: `maximum(adaptive, 0.1)` is an adaptive limit with a floor.
+
+    >>> import jax.numpy as jnp
+    >>> from gradclip_jax import maximum
+    >>> floored = maximum(5.0, 1.0)
+    >>> limit, state = floored.update(jnp.float32(7.0), floored.init(jnp.float32(0.0)))
+    >>> float(limit)
+    5.0
+    """
+    return _joined(jnp.maximum, a, b)
+
+
+def observe(limit: Limit, norm: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    """Update a limit, but let no norm that is not finite enter what it has learned."""
+    if not limit.learns:
+        return limit.update(norm, state)
+    finite = jnp.isfinite(norm)
+    value, new = limit.update(jnp.where(finite, norm, 0), state)
+    return value, jax.tree.map(lambda n, old: jnp.where(finite, n, old), new, state)
+
+
+def as_limit(limit: Limit | Threshold) -> Limit:
+    """A limit as it is, and anything else as a constant."""
+    return limit if isinstance(limit, Limit) else constant(limit)
+
+
+def check_threshold(name: str, value: Threshold) -> Threshold:
+    """Return a threshold that may be used, None as infinity; raise for one that may not."""
+    if value is None:
+        return math.inf
+    if callable(value) or isinstance(value, Tracer):
+        return value
+    kind = "a non-negative number, a scalar array, a schedule or None"
+    is_array = isinstance(value, np.ndarray | np.generic | jax.Array)
+    if is_array and (value.shape != () or not jnp.issubdtype(value.dtype, jnp.number)):
+        raise ValueError(f"`{name}` must be {kind}, got an array {value.dtype}{list(value.shape)}.")
+    if not is_array and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+        raise ValueError(f"`{name}` must be {kind}, got {value!r}.")
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return value
+    if jnp.iscomplexobj(value) or math.isnan(value):
+        raise ValueError(f"`{name}` must be {kind}, got {value!r}.")
+    if float(value) < 0:
+        raise ValueError(f"`{name}` must be non-negative, got {value!r}.")
+    return value
+
+
+def negated(name: str, value: Threshold) -> Threshold:
+    """Minus a threshold, so that a lower bound is checked and scheduled as an upper one is."""
+    if callable(value):
+        return lambda count: -jnp.asarray(value(count))
+    if value is None or isinstance(value, bool | str):
+        raise ValueError(
+            f"`{name}` must be a number at most 0, an array or a schedule, got {value!r}."
+        )
+    return -value
+
+
+def _filled(value: Any, norm: jax.Array) -> jax.Array:
+    # A Python number beyond the largest float32 is a limit that nothing reaches.
+    if isinstance(value, int | float) and value > float(jnp.finfo(norm.dtype).max):
+        value = math.inf
+    value = jnp.asarray(value).astype(norm.dtype)
+    # `value >= 0` is false for NaN too.
+    return jnp.broadcast_to(jnp.where(value >= 0, value, 0), norm.shape)
+
+
+def _joined(join: Callable[..., jax.Array], a: Limit | Threshold, b: Limit | Threshold) -> Limit:
+    a, b = as_limit(a), as_limit(b)
+
+    def init(norm: jax.Array) -> Any:
+        return a.init(norm), b.init(norm)
+
+    def update(norm: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        limit_a, state_a = observe(a, norm, state[0])
+        limit_b, state_b = observe(b, norm, state[1])
+        return join(limit_a, limit_b), (state_a, state_b)
+
+    return Limit(init, update, learns=False)

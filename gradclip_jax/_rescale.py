@@ -1,0 +1,169 @@
+"""Responses, from norm and limit to a factor; and the only place where a gradient is multiplied."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from ._devices import beside, changed_in_place
+from ._norms import widen
+
+Response = Callable[[jax.Array, jax.Array], jax.Array]
+"""`(norm, limit) -> factor`, elementwise on arrays of one float dtype."""
+
+OnNonfinite = Literal["zero", "propagate"]
+
+
+def shrink(norm: jax.Array, limit: jax.Array, *, eps: float = 0.0) -> jax.Array:
+    r"""Shrink what is above the limit to the limit, and leave the rest alone.
+
+    $$ \min(1, \; \text{limit} / (\text{norm} + \epsilon)) $$
+
+    The default has no epsilon: at or below the limit the factor is exactly 1. PyTorch's
+    `clip_grad_norm_` has 1e-6: `functools.partial(shrink, eps=1e-6)` gives its numbers.
+
+    >>> import jax.numpy as jnp
+    >>> from gradclip_jax import shrink
+    >>> float(shrink(jnp.float32(10.0), jnp.float32(5.0)))
+    0.5
+    """
+    norm = norm + eps if eps else norm
+    over = norm > limit
+    return jnp.where(over, limit / jnp.where(over, norm, 1), 1)
+
+
+def normalize(norm: jax.Array, limit: jax.Array) -> jax.Array:
+    """Bring every norm to the limit, small ones too (limit / norm); zero stays zero.
+
+    >>> import jax.numpy as jnp
+    >>> from gradclip_jax import normalize
+    >>> float(normalize(jnp.float32(0.5), jnp.float32(1.0)))
+    2.0
+    """
+    usable = (norm != 0) & (limit != jnp.inf)
+    return jnp.where(usable, limit / jnp.where(usable, norm, 1), 1)
+
+
+def smooth(norm: jax.Array, limit: jax.Array) -> jax.Array:
+    r"""Shrink without a corner: 1 / (1 + r) with r = norm / limit.
+
+    The norm comes out below the limit and approaches it: limit * r / (1 + r). The rational
+    softening of Zhang, Jin, Fang, Wang, *Improved Analysis of Clipping Algorithms for Non-convex
+    Optimization*, 2020, https://arxiv.org/abs/2010.02519, as in its reference implementation.
+
+    >>> import jax.numpy as jnp
+    >>> from gradclip_jax import smooth
+    >>> float(smooth(jnp.float32(5.0), jnp.float32(5.0)))
+    0.5
+    """
+    return 1 / (1 + ratio(norm, limit))
+
+
+def smooth_sqrt(norm: jax.Array, limit: jax.Array) -> jax.Array:
+    r"""Shrink without a corner: 1 / sqrt(1 + r^2) with r = norm / limit.
+
+    The same map of one singular value as in soft spectral clipping, *SPECTRA*, 2026,
+    https://arxiv.org/abs/2603.14315.
+
+    >>> import jax.numpy as jnp
+    >>> from gradclip_jax import smooth_sqrt
+    >>> round(float(smooth_sqrt(jnp.float32(5.0), jnp.float32(5.0))), 4)
+    0.7071
+    """
+    r = ratio(norm, limit)
+    # r * r overflows from 1.8e19 in float32.
+    small = jnp.where(r <= 1, r, 0)
+    inverse = 1 / jnp.where(r <= 1, 1, r)
+    return jnp.where(
+        r <= 1, 1 / jnp.sqrt(1 + small * small), inverse / jnp.sqrt(1 + inverse * inverse)
+    )
+
+
+def smooth_tanh(norm: jax.Array, limit: jax.Array) -> jax.Array:
+    r"""Shrink without a corner: tanh(r) / r with r = norm / limit.
+
+    The response of *SoftAdaClip*, 2025, https://arxiv.org/abs/2510.01447.
+
+    >>> import jax.numpy as jnp
+    >>> from gradclip_jax import smooth_tanh
+    >>> round(float(smooth_tanh(jnp.float32(5.0), jnp.float32(5.0))), 4)
+    0.7616
+    """
+    r = ratio(norm, limit)
+    # Below 1e-4 tanh(r) / r is 1 - r^2 / 3, which is 1 in float32 (and its derivative is 0 at 0).
+    tiny = r < 1e-4
+    return jnp.where(tiny, 1 - r * jnp.where(tiny, r, 0) / 3, jnp.tanh(r) / jnp.where(tiny, 1, r))
+
+
+def drop(norm: jax.Array, limit: jax.Array) -> jax.Array:
+    """Drop what is above the limit (factor 0) and leave the rest alone.
+
+    The optimizer still sees a zero gradient, so its moments decay; to leave them as they are, a
+    step must be skipped by a wrapper that owns the optimizer.
+
+    >>> import jax.numpy as jnp
+    >>> from gradclip_jax import drop
+    >>> float(drop(jnp.float32(10.0), jnp.float32(5.0)))
+    0.0
+    """
+    return jnp.where(norm > limit, 0, 1).astype(norm.dtype)
+
+
+def ratio(norm: jax.Array, limit: jax.Array) -> jax.Array:
+    """Norm / limit, with 0 / 0 = 0."""
+    nonzero = norm != 0
+    return jnp.where(nonzero, norm / jnp.where(nonzero, limit, 1), 0)
+
+
+def check_on_nonfinite(on_nonfinite: str) -> None:
+    """Raise for a policy that does not exist."""
+    if on_nonfinite not in ("zero", "propagate"):
+        raise ValueError(f'`on_nonfinite` must be "zero" or "propagate", got {on_nonfinite!r}.')
+
+
+def factors(norm: jax.Array, limit: jax.Array, response: Response) -> tuple[jax.Array, jax.Array]:
+    """The factor of a response in two steps, of which the second is a power of two.
+
+    A factor below 1.2e-38 is flushed to zero, and one above 3.4e38 overflows, though the product
+    with the gradient does neither: then both steps share it. The first alone is the factor
+    wherever it is in range.
+    """
+    once = response(norm, limit)
+    # The scaled norm must still be above the limit, or `drop` would let it pass.
+    down = (once < 2.0**-100) & (norm * 2.0**-64 > jnp.maximum(limit, 1))
+    up = (once > 2.0**100) & (norm < 2.0**-26)
+    power = jnp.where(down, 2.0**-64, jnp.where(up, 2.0**64, 1.0)).astype(norm.dtype)
+    return jnp.where(down | up, response(norm * power, limit), once), power
+
+
+# Called eagerly this is one cached program for each tree structure; inside a trace it inlines.
+@functools.partial(jax.jit, static_argnames=("on_nonfinite",), inline=True)
+def rescale(
+    leaves: Sequence[jax.Array],
+    first: Sequence[jax.Array],
+    second: Sequence[jax.Array],
+    finite: Sequence[jax.Array],
+    *,
+    on_nonfinite: OnNonfinite,
+) -> list[jax.Array]:
+    """Multiply each leaf by its two factors; where the norm is not finite, put 0 or NaN.
+
+    The products are taken in at least float32 and come back in the dtype of the leaf. The select
+    is between an element and a constant, so all of it fuses into the pass of the optimizer that
+    follows; a select between two trees would not.
+    """
+    fill = jnp.nan if on_nonfinite == "propagate" else 0.0
+
+    def scaled(x, first, second, finite):
+        if jnp.iscomplexobj(x):
+            real, imag = (scaled(part, first, second, finite) for part in (x.real, x.imag))
+            return jax.lax.complex(real, imag).astype(x.dtype)
+        wide = widen(x)
+        return (jnp.where(finite, wide, beside(fill, wide)) * second * first).astype(x.dtype)
+
+    return [
+        changed_in_place(scaled, *of_leaf)
+        for of_leaf in zip(leaves, first, second, finite, strict=True)
+    ]
