@@ -1,0 +1,314 @@
+"""The engine: updates, times the response to their norm and the limit on it, group by group."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._devices import (
+    AxisName,
+    any_device,
+    check_averaged,
+    filled_like,
+    manual_axes,
+    varying_like,
+)
+from ._limits import Limit, as_limit, observe
+from ._norms import GroupNorms, global_norm, is_gradient, spread, stack, unstack
+from ._rescale import OnNonfinite, Response, check_on_nonfinite, factors, rescale, shrink
+
+Measure = Callable[..., Any]
+"""`(updates, *, axis_name) -> norms`, where the tree of the norms is a prefix of the updates."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class ClipState(NamedTuple):
+    """What a clip saw and did in its last update, and how often; `metrics` reads it.
+
+    Attributes:
+      grad_norm: Norms before the clip, float32 (float64 under x64); a scalar, or one for each
+        group. They may be NaN or infinite.
+      clip_limit: The limits they were held to, in the same shape.
+      clip_factor: The factors by which the updates were multiplied, in the same shape.
+      clip_count: Number of updates in which a norm was above its limit, int32.
+      nonfinite_count: Number of updates in which a norm was not finite, int32.
+      step_count: Number of updates, int32.
+      limit_state: State of the limit.
+    """
+
+    grad_norm: Any
+    clip_limit: Any
+    clip_factor: Any
+    clip_count: jax.Array
+    nonfinite_count: jax.Array
+    step_count: jax.Array
+    limit_state: Any
+
+
+class NonfiniteState(NamedTuple):
+    """How often a guard met what is not finite.
+
+    Attributes:
+      nonfinite_count: Number of updates with an element that was NaN or infinite, int32.
+      step_count: Number of updates, int32.
+    """
+
+    nonfinite_count: jax.Array
+    step_count: jax.Array
+
+
+def clip_to_limit(
+    limit: Limit | Any,
+    measure: Measure = global_norm,
+    response: Response = shrink,
+    *,
+    axis_name: AxisName = None,
+    on_nonfinite: OnNonfinite = "zero",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Hold norms to a limit: any measure, any limit, any response.
+
+    $$ g_k \leftarrow g_k \cdot \text{response}(n_k, \text{limit}(n_k)), \quad
+       n = \text{measure}(g) $$
+
+    Use it to build a clip of your own; the named strategies are its instances.
+
+    Args:
+      limit: A `Limit`, or a threshold as in `constant`.
+      measure: `global_norm`, `leaf_norms`, `unit_norms`, `group_norms` (its labels bound by
+        `functools.partial`), or a function `(updates, *, axis_name) -> norms` with norms in a
+        prefix pytree of the updates.
+      response: `shrink`, `normalize`, `smooth`, `smooth_sqrt`, `smooth_tanh`, `drop`, or a
+        function `(norm, limit) -> factor`.
+      axis_name: Handed to the measure; see `global_norm`.
+      on_nonfinite: What a group becomes whose norm is NaN or infinite: `"zero"`, or `"propagate"`
+        for NaN throughout. Either way it is counted, and no limit learns from it.
+
+    Returns:
+      A transformation whose update also accepts `grad_norm`: a norm that is already known and is
+      used instead of measuring, where the measure is one scalar.
+
+    Raises:
+      ValueError: For a threshold or a policy that may not be; in `update`, for updates of another
+        structure than at `init` or than the params, and gradients that were not averaged.
+
+    >>> import gradclip_jax, jax.numpy as jnp
+    >>> clip = gradclip_jax.clip_to_limit(1.0, measure=gradclip_jax.leaf_norms)
+    >>> grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([0.5])}
+    >>> updates, state = clip.update(grads, clip.init(grads))
+    >>> print(updates["w"], updates["b"])
+    [0.6 0.8] [0.5]
+    """
+    limit = as_limit(limit)
+    check_on_nonfinite(on_nonfinite)
+
+    def init(params: Any) -> ClipState:
+        norms = measured_types(measure, params, axis_name)
+        zeros = [filled_like(0.0, kind) for kind in jax.tree.leaves(norms)]
+        return initial_state(norms, tuple(limit.init(norm) for norm in stack(zeros)))
+
+    def update(updates, state, params=None, *, grad_norm=None, **extra_args):
+        del extra_args
+        check_trees(updates, params)
+        if grad_norm is not None and _is_scalar(state.grad_norm):
+            norms = known_norm(grad_norm, state.grad_norm)
+        else:
+            norms = measure(updates, axis_name=axis_name)
+        observed = [
+            observe(limit, norm, limit_state)
+            for norm, limit_state in zip(
+                stack(jax.tree.leaves(norms)), state.limit_state, strict=True
+            )
+        ]
+        limits, limit_states = zip(*observed, strict=True) if observed else ((), ())
+        return hold(updates, norms, limits, state, limit_states, response, on_nonfinite, axis_name)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def named_strategy(strategy: Callable[P, T]) -> Callable[P, T]:
+    """Let `optax.inject_hyperparams` see the thresholds of a strategy, and nothing else.
+
+    It turns every default that is a number into an array and takes every default that can be
+    called for a schedule: `order=2` would be traced and `response=shrink` called with a count.
+    Thresholds are positional here and structure is keyword-only, so the defaults of keyword-only
+    arguments are shown to it in a wrapping that it leaves alone.
+    """
+    signature = inspect.signature(strategy)
+
+    @functools.wraps(strategy)
+    def build(*args: P.args, **kwargs: P.kwargs) -> T:
+        plain: Any = {
+            name: value.value if isinstance(value, _Structural) else value
+            for name, value in kwargs.items()
+        }
+        return cast(Any, strategy)(*args, **plain)
+
+    shown = [
+        parameter.replace(default=_Structural(parameter.default))
+        if parameter.kind is parameter.KEYWORD_ONLY
+        else parameter
+        for parameter in signature.parameters.values()
+    ]
+    build.__dict__["__signature__"] = signature.replace(parameters=shown)
+    return build
+
+
+class _Structural:
+    """A default that is neither a number nor callable, but prints as what it holds."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __repr__(self) -> str:
+        return getattr(self.value, "__name__", repr(self.value))
+
+
+def initial_state(norms: Any, limit_state: Any) -> ClipState:
+    """The state before the first update, for norms of these shapes and types."""
+
+    def full(number: float) -> Any:
+        return jax.tree.map(functools.partial(filled_like, number), _plain(norms))
+
+    # Each entry is an array of its own: a state with one array twice cannot be donated.
+    return ClipState(
+        grad_norm=full(0.0),
+        clip_limit=full(0.0),
+        clip_factor=full(1.0),
+        clip_count=jnp.zeros((), jnp.int32),
+        nonfinite_count=jnp.zeros((), jnp.int32),
+        step_count=jnp.zeros((), jnp.int32),
+        limit_state=limit_state,
+    )
+
+
+def measured_types(measure: Measure, params: Any, axis_name: AxisName) -> Any:
+    """Shapes and types of the norms of a tree; no value is read and outside no axis is bound."""
+    gradients = jax.tree.map(lambda leaf: leaf if is_gradient(leaf) else None, params)
+    along = axis_name if manual_axes() else ()
+    return jax.eval_shape(functools.partial(measure, axis_name=along), gradients)
+
+
+def check_trees(updates: Any, params: Any) -> None:
+    """Raise when updates and params differ in structure, or updates are not averaged yet."""
+    if params is None:
+        return
+    treedef = jax.tree.structure(updates, is_leaf=lambda x: x is None)
+    try:
+        treedef.flatten_up_to(params)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"`params` must have the structure of the updates: {error}") from error
+    check_averaged(updates, params)
+
+
+def known_norm(grad_norm: Any, like: jax.Array) -> jax.Array:
+    """A norm that the caller measured already, as one of ours."""
+    if jnp.shape(grad_norm) != ():
+        raise ValueError(f"`grad_norm` must be a scalar, got shape {jnp.shape(grad_norm)}.")
+    return jnp.asarray(grad_norm).astype(like.dtype)
+
+
+def hold(
+    updates: Any,
+    norms: Any,
+    limits: Any,
+    state: ClipState,
+    limit_state: Any,
+    response: Response = shrink,
+    on_nonfinite: OnNonfinite = "zero",
+    axis_name: AxisName = None,
+) -> tuple[Any, ClipState]:
+    """Hold norms to limits: rescale the updates, and write down what was done.
+
+    `limits` are arrays in the arrangement of `stack(leaves of norms)`.
+    """
+    flat, treedef = jax.tree.flatten(norms)
+    if jax.tree.structure(_plain(norms)) != jax.tree.structure(state.grad_norm):
+        raise ValueError(
+            "`updates` must have the structure of the params given to `init`: their norms are "
+            f"{jax.tree.structure(_plain(norms))}, the state has "
+            f"{jax.tree.structure(state.grad_norm)}."
+        )
+    packed = stack(flat)
+    limits = [varying_like(limit, norm) for limit, norm in zip(limits, packed, strict=True)]
+    finite = [jnp.isfinite(norm) for norm in packed]
+    nonfinite_factor = jnp.nan if on_nonfinite == "propagate" else 0.0
+    first, second = [], []
+    for norm, limit, is_finite in zip(packed, limits, finite, strict=True):
+        factor, power = factors(norm, limit, response)
+        first.append(jnp.where(is_finite, factor, nonfinite_factor).astype(norm.dtype))
+        second.append(power)
+
+    count = len(flat)
+    of_norm = [unstack(parts, count) for parts in (first, second, finite)]
+    updates = _rescaled(updates, treedef.unflatten(range(count)), of_norm, on_nonfinite)
+
+    triples = list(zip(packed, limits, finite, strict=True))
+    clipped = _any([jnp.any(ok & (norm > limit)) for norm, limit, ok in triples])
+    nonfinite = _any([jnp.any(~ok) for ok in finite])
+    if any(norm.ndim for norm in flat):
+        # Units may be split over devices, so that each device knows of its own alone.
+        clipped, nonfinite = any_device(jnp.stack([clipped, nonfinite]), axis_name)
+
+    def shaped(parts: Any) -> Any:
+        return _plain(treedef.unflatten(unstack(parts, count)))
+
+    factor = shaped([f * power for f, power in zip(first, second, strict=True)])
+    return updates, record(
+        state, _plain(norms), shaped(limits), factor, clipped, nonfinite, limit_state
+    )
+
+
+def record(
+    state: ClipState,
+    grad_norm: Any,
+    clip_limit: Any,
+    clip_factor: Any,
+    clipped: jax.Array,
+    nonfinite: jax.Array,
+    limit_state: Any,
+) -> ClipState:
+    """The next state, its counters advanced by two flags."""
+    return ClipState(
+        grad_norm=grad_norm,
+        clip_limit=clip_limit,
+        clip_factor=clip_factor,
+        clip_count=counted(state.clip_count, clipped),
+        nonfinite_count=counted(state.nonfinite_count, nonfinite),
+        step_count=counted(state.step_count, True),
+        limit_state=limit_state,
+    )
+
+
+def _rescaled(updates: Any, index_of_norm: Any, of_norm: Any, on_nonfinite: OnNonfinite) -> Any:
+    leaves, treedef = jax.tree.flatten(updates)
+    indices = spread(index_of_norm, updates)
+    scaled = [i for i, leaf in enumerate(leaves) if is_gradient(leaf) and indices[i] is not None]
+    of_leaf = [[parts[indices[i]] for i in scaled] for parts in of_norm]
+    arrays = [jnp.asarray(leaves[i]) for i in scaled]
+    for i, leaf in zip(scaled, rescale(arrays, *of_leaf, on_nonfinite=on_nonfinite), strict=True):
+        leaves[i] = leaf
+    return treedef.unflatten(leaves)
+
+
+def _is_scalar(norms: Any) -> bool:
+    return isinstance(norms, jax.Array) and norms.ndim == 0
+
+
+def _any(flags: list[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.logical_or, flags, jnp.zeros((), bool))
+
+
+def counted(count: jax.Array, flag: jax.Array | bool) -> jax.Array:
+    """A counter, one further where the flag is set; it stops at its largest value."""
+    return jnp.where(flag & (count < jnp.iinfo(count.dtype).max), count + 1, count)
+
+
+def _plain(norms: Any) -> Any:
+    """Norms as users and checkpoints know them: those of groups as a plain dict."""
+    return dict(norms) if isinstance(norms, GroupNorms) else norms

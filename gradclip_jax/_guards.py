@@ -1,0 +1,63 @@
+"""Guards: wrappers and filters that keep what is not finite away from an optimizer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._clip import NonfiniteState, counted
+from ._devices import AxisName, beside, changed_in_place, reduced_in_place
+from ._norms import global_norm, is_gradient, norm_dtype
+
+
+def zero_nonfinite(*, axis_name: AxisName = None) -> optax.GradientTransformationExtraArgs:
+    r"""Make each element zero that is NaN or infinite, and let the others pass.
+
+    $$ g_i \leftarrow g_i \text{ if } |g_i| < \infty \text{ else } 0 $$
+
+    For models in which a few elements fail and the rest are still worth a step; before a clip, so
+    that one NaN does not cost its whole group the update. `optax.zero_nans` lets infinities pass.
+
+    Args:
+      axis_name: See `global_norm`; the elements need no other device, but the counter does.
+
+    Returns:
+      A transformation that counts the updates in which it met such an element; `metrics` adds
+      them to the `nonfinite_count` of the clip.
+
+    >>> import gradclip_jax, jax.numpy as jnp
+    >>> guard = gradclip_jax.zero_nonfinite()
+    >>> grads = jnp.array([3.0, jnp.nan, -jnp.inf])
+    >>> updates, state = guard.update(grads, guard.init(grads))
+    >>> print(updates, state.nonfinite_count)
+    [3. 0. 0.] 1
+    """
+
+    def init(params: Any) -> NonfiniteState:
+        del params
+        return NonfiniteState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        flags = jax.tree.map(
+            lambda x: reduced_in_place(_any_nonfinite, jnp.asarray(x)) if is_gradient(x) else None,
+            updates,
+        )
+        # The largest of the flags: one collective, and the same rules as for norms.
+        met = global_norm(flags, order=jnp.inf, axis_name=axis_name) > 0
+        kept = jax.tree.map(
+            lambda x: changed_in_place(_zeroed, jnp.asarray(x)) if is_gradient(x) else x, updates
+        )
+        count = counted(state.nonfinite_count, met)
+        return kept, NonfiniteState(count, counted(state.step_count, True))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _zeroed(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(x), x, beside(0, x))
+
+
+def _any_nonfinite(x: Any) -> jax.Array:
+    return jnp.any(~jnp.isfinite(x)).astype(norm_dtype())

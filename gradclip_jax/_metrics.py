@@ -1,0 +1,121 @@
+"""Read what clips saw and did out of any optimizer state."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._clip import ClipState, NonfiniteState
+from ._devices import path_name, types_tell
+from ._norms import global_norm
+
+
+def metrics(opt_state: Any, *, per_group: bool = False) -> dict[str, jax.Array]:
+    """What the clip in an optimizer state saw and did in its last update, for any logger.
+
+    Args:
+      opt_state: State of a clip, or of anything that contains one: `optax.chain`, `MultiSteps`,
+        `inject_hyperparams`, an `nnx.Optimizer` or its `opt_state`. Under `jit` too.
+      per_group: Add an entry for each group when the clip has several: `grad_norm/encoder/w`,
+        and likewise for limit and factor. Of units in one array: the norm of all of them, the
+        smallest limit and factor.
+
+    Returns:
+      A flat dict of scalars, on the device until they are read:
+
+      | key | what |
+      |---|---|
+      | `grad_norm` | norm before the clip; of several groups, the norm of all of them |
+      | `clip_limit` | the limit; of several groups, the smallest |
+      | `clip_factor` | the factor the updates were multiplied by; of several groups, the smallest |
+      | `clipped` | 1 if the norm was above the limit, else 0; of several groups, the fraction |
+      | `clip_count` | updates in which a norm was above its limit, so far |
+      | `nonfinite_count` | updates in which a norm (or element) was NaN or infinite, so far |
+      | `step_count` | updates so far |
+
+      A second clip in the same state adds the same keys with `_2`, and so on, in the order of the
+      chain.
+
+    Raises:
+      ValueError: When there is no clip in the state.
+
+    >>> import gradclip_jax, jax.numpy as jnp, optax
+    >>> optimizer = optax.chain(gradclip_jax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    >>> grads = {"w": jnp.array([3.0, 4.0])}
+    >>> _, state = optimizer.update(grads, optimizer.init(grads))
+    >>> for key, value in gradclip_jax.metrics(state).items():
+    ...     print(key, value)
+    grad_norm 5.0
+    clip_limit 1.0
+    clip_factor 0.2
+    clipped 1.0
+    clip_count 1
+    nonfinite_count 0
+    step_count 1
+    """
+    # An `nnx.Optimizer` is no tree of plain arrays; its `opt_state` is.
+    opt_state = getattr(opt_state, "opt_state", opt_state)
+    found = jax.tree.leaves(opt_state, is_leaf=_counts_nonfinite)
+    clips = [state for state in found if isinstance(state, ClipState)]
+    guards = [state for state in found if isinstance(state, NonfiniteState)]
+    if not clips and not guards:
+        raise ValueError("`opt_state` must hold the state of a clip; there is none in it.")
+    values: dict[str, jax.Array] = {}
+    for number, state in enumerate(clips, start=1):
+        suffix = "" if number == 1 else f"_{number}"
+        values.update({key + suffix: value for key, value in _of_clip(state, per_group).items()})
+    for guard in guards:
+        # What a guard made zero never reached the clip, so that nothing is counted twice.
+        known = values.get("nonfinite_count", 0)
+        values["nonfinite_count"] = known + _only_array(guard.nonfinite_count)
+        values.setdefault("step_count", _only_array(guard.step_count))
+    return values
+
+
+def _of_clip(state: ClipState, per_group: bool) -> dict[str, jax.Array]:
+    norms = jax.tree.leaves(state.grad_norm)
+    limits = jax.tree.leaves(state.clip_limit)
+    factors = jax.tree.leaves(state.clip_factor)
+    pairs = zip(norms, limits, strict=True)
+    above = [jnp.sum(jnp.isfinite(norm) & (norm > limit)) for norm, limit in pairs]
+    groups = max(sum(norm.size for norm in norms), 1)
+    values = {
+        "grad_norm": _joint_norm(norms),
+        "clip_limit": _smallest(limits, jnp.inf),
+        "clip_factor": _smallest(factors, 1.0),
+        "clipped": jnp.asarray(sum(above), jnp.float32) / groups,
+        "clip_count": _only_array(state.clip_count),
+        "nonfinite_count": _only_array(state.nonfinite_count),
+        "step_count": _only_array(state.step_count),
+    }
+    if per_group and len(norms) > 1:
+        named = jax.tree_util.tree_leaves_with_path(state.grad_norm)
+        for (path, norm), limit, factor in zip(named, limits, factors, strict=True):
+            name = path_name(path)
+            values[f"grad_norm/{name}"] = _joint_norm([norm])
+            values[f"clip_limit/{name}"] = _smallest([limit], jnp.inf)
+            values[f"clip_factor/{name}"] = _smallest([factor], 1.0)
+    return values
+
+
+def _counts_nonfinite(x: Any) -> bool:
+    return isinstance(x, ClipState | NonfiniteState)
+
+
+def _only_array(x: Any) -> jax.Array:
+    """The array itself, also where a framework wrapped it (`nnx.OptArray`)."""
+    (array,) = jax.tree.leaves(x)
+    return array
+
+
+def _joint_norm(norms: list[jax.Array]) -> jax.Array:
+    if len(norms) == 1 and norms[0].ndim == 0:
+        return norms[0]
+    return global_norm(norms, axis_name=None if types_tell() else ())
+
+
+def _smallest(values: list[jax.Array], default: float) -> jax.Array:
+    if len(values) == 1 and values[0].ndim == 0:
+        return values[0]
+    smallest = [jnp.min(value, initial=jnp.inf) for value in values if value.size]
+    return jnp.min(jnp.stack(smallest)) if smallest else jnp.asarray(default, jnp.float32)

@@ -1,0 +1,107 @@
+"""AGC: hold the gradient of each unit to a fraction of the weights of the unit."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._clip import check_trees, hold, initial_state, measured_types, named_strategy
+from .._devices import AxisName, of_pair
+from .._limits import Threshold, check_threshold, constant, observe
+from .._norms import Axes, norm_dtype, stack, unit_norms
+from .._rescale import OnNonfinite, check_on_nonfinite
+
+
+@named_strategy
+def adaptive_grad_clip(
+    clipping: Threshold = 0.01,
+    eps: Threshold = 1e-3,
+    *,
+    axes: Axes = None,
+    axis_name: AxisName = None,
+    on_nonfinite: OnNonfinite = "zero",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clip the gradient of each unit to a fraction of the norm of its weights.
+
+    $$ g_u \leftarrow g_u \cdot \min\!\Big(1, \lambda
+       \frac{\max(\lVert w_u \rVert, \epsilon)}{\lVert g_u \rVert}\Big) $$
+
+    For networks without normalisation layers, and for learning rates that should not depend on
+    the scale of the loss. Put it before the optimizer, and leave the last layer out
+    (`optax.masked`), as the paper does.
+
+    Args:
+      clipping: The fraction lambda, non-negative; 0.01 in the paper, less for larger batches.
+      eps: Norm that stands for weights near zero, non-negative; 1e-3 in the paper. Without it
+        weights that start at zero would never move.
+      axes: The axes that one unit spans; see `unit_norms`. The default is the rule of the NFNets
+        code: a vector or scalar, or an array with at most one axis longer than 1, is one unit;
+        axis 0 in ranks 2 and 3; all axes but the last above. For layers stacked by `scan`
+        (layers, inputs, outputs) pass `axes=1`, or the layers are pooled.
+      axis_name: See `global_norm`; inside `shard_map` leaves that are split need PartitionSpecs.
+      on_nonfinite: See `clip_to_limit`; a unit with a NaN becomes zero, the others pass.
+
+    Returns:
+      A transformation with a `ClipState` of one array of norms for each array. Its update needs
+      `params`.
+
+    Raises:
+      ValueError: For thresholds as in `clip_by_global_norm`; for an update without `params`.
+
+    >>> import gradclip_jax, jax.numpy as jnp
+    >>> clip = gradclip_jax.adaptive_grad_clip(0.01)
+    >>> params = {"w": jnp.array([[3.0, 0.0], [4.0, 1.0]])}
+    >>> grads = {"w": jnp.array([[1.0, 0.001], [0.0, 0.0]])}
+    >>> updates, state = clip.update(grads, clip.init(params), params)
+    >>> print(updates["w"])
+    [[0.05  0.001]
+     [0.    0.   ]]
+
+    Brock, De, Smith, Simonyan, *High-Performance Large-Scale Image Recognition Without
+    Normalization*, ICML 2021, https://arxiv.org/abs/2102.06171, equation 3.
+    """
+    check_on_nonfinite(on_nonfinite)
+    ratio = constant(check_threshold("clipping", clipping))
+    least = constant(check_threshold("eps", eps))
+    measure = functools.partial(unit_norms, axes=nfnets_axes if axes is None else axes)
+
+    def init(params):
+        norms = measured_types(measure, params, axis_name)
+        zero = jnp.zeros((), norm_dtype())
+        return initial_state(norms, (ratio.init(zero), least.init(zero)))
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "`adaptive_grad_clip` compares gradients with parameters: call "
+                "`update(updates, state, params)`."
+            )
+        check_trees(updates, params)
+        # Measured together, they share one collective.
+        norms, weights = measure((updates, params), axis_name=of_pair(axis_name))
+        zero = jnp.zeros((), norm_dtype())
+        fraction, ratio_state = observe(ratio, zero, state.limit_state[0])
+        floor, least_state = observe(least, zero, state.limit_state[1])
+        limits = jax.tree.map(lambda _, w: fraction * jnp.maximum(w, floor), norms, weights)
+        return hold(
+            updates,
+            norms,
+            stack(jax.tree.leaves(limits)),
+            state,
+            (ratio_state, least_state),
+            on_nonfinite=on_nonfinite,
+            axis_name=axis_name,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def nfnets_axes(path: str, leaf: Any) -> tuple[int, ...]:
+    """The axes that one unit spans, by the rank rule of the NFNets code."""
+    del path
+    if sum(size != 1 for size in leaf.shape) <= 1:
+        return tuple(range(leaf.ndim))
+    return (0,) if leaf.ndim <= 3 else tuple(range(leaf.ndim - 1))
