@@ -1,0 +1,45 @@
+"""Eight CPU devices, strict dtype promotion, and meshes over the devices."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import jax
+import pytest
+from jax.sharding import AxisType, Mesh
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def make_mesh(kind: AxisType = AxisType.Auto, **axes: int) -> Mesh:
+    """A mesh with axes of these sizes, all of one kind (`make_mesh` alone gives explicit ones)."""
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(kind,) * len(axes))
+
+
+@pytest.fixture
+def mesh() -> Mesh:
+    """Eight devices along `data`."""
+    return make_mesh(data=8)
+
+
+@pytest.fixture
+def mesh_2d() -> Mesh:
+    """Four devices along `data` times two along `model`."""
+    return make_mesh(data=4, model=2)
+
+
+@pytest.fixture
+def x64():
+    """Float64 for the length of a test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def standard_promotion():
+    """Implicit dtype promotion for the length of a test: some optax optimizers need it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

@@ -1,0 +1,201 @@
+"""All strategies, each with what a reference in NumPy needs to know of it.
+
+A new strategy is tested by the laws as soon as it stands here.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import gradclip_jax
+from gradclip_jax._strategies.adaptive_grad_clip import nfnets_axes
+
+Tree = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A strategy with one threshold left open, and its groups, norm and limit in plain terms."""
+
+    name: str
+    make: Callable[..., optax.GradientTransformationExtraArgs]
+    groups: Callable[[Tree], dict[str, np.ndarray]]
+    """Group number of each element."""
+    argument: str = "max_norm"
+    order: float = 2
+    limit: Callable[[float, np.ndarray, np.ndarray], float] = lambda t, elements, params: t
+    """Largest norm of a group, from threshold, elements and params of the group."""
+    enlarges: bool = False
+    changes_below: bool = False
+    """Whether a norm below the limit is changed too, as by smooth responses."""
+    drops: bool = False
+    units: bool = False
+    """Whether groups are smaller than arrays, so that devices must be told what is split."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def vectors(self, tree: Tree) -> list[np.ndarray]:
+        """The elements of each group."""
+        numbers = self.groups(tree)
+        flat = np.concatenate([np.asarray(tree[key]).reshape(-1) for key in sorted(tree)])
+        ids = np.concatenate([numbers[key].reshape(-1) for key in sorted(tree)])
+        return [flat[ids == i] for i in np.unique(ids)]
+
+    def norms(self, tree: Tree) -> list[float]:
+        """The norm of each group, in float64."""
+        return [float(np.linalg.norm(wide(vector), self.order)) for vector in self.vectors(tree)]
+
+    def limits(self, threshold: float, tree: Tree, params: Tree) -> list[float]:
+        """The limit of each group."""
+        pairs = zip(self.vectors(tree), self.vectors(params), strict=True)
+        return [self.limit(threshold, elements, weights) for elements, weights in pairs]
+
+
+def wide(x: Any) -> np.ndarray:
+    """In float64 or complex128."""
+    x = np.asarray(x)
+    return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+def everything(tree: Tree) -> dict[str, np.ndarray]:
+    """One group."""
+    return {key: np.zeros(np.shape(leaf), int) for key, leaf in tree.items()}
+
+
+def leaves(tree: Tree) -> dict[str, np.ndarray]:
+    """A group for each array."""
+    return {key: np.full(np.shape(tree[key]), i) for i, key in enumerate(sorted(tree))}
+
+
+def elements(tree: Tree) -> dict[str, np.ndarray]:
+    """A group for each element."""
+    result, start = {}, 0
+    for key in sorted(tree):
+        size = np.size(tree[key])
+        result[key] = np.arange(start, start + size).reshape(np.shape(tree[key]))
+        start += size
+    return result
+
+
+def ranks(tree: Tree) -> dict[str, np.ndarray]:
+    """A group for vectors and scalars and one for the rest."""
+    return {key: np.full(np.shape(leaf), int(np.ndim(leaf) > 1)) for key, leaf in tree.items()}
+
+
+def units(tree: Tree, axes: Callable[[np.ndarray], tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """A group for each unit, which spans `axes`."""
+    result, start = {}, 0
+    for key in sorted(tree):
+        leaf = np.asarray(tree[key])
+        kept = [1 if i in axes(leaf) else size for i, size in enumerate(leaf.shape)]
+        numbers = np.arange(start, start + int(np.prod(kept))).reshape(kept)
+        result[key] = np.broadcast_to(numbers, leaf.shape)
+        start += int(np.prod(kept))
+    return result
+
+
+def all_but_last(leaf: np.ndarray) -> tuple[int, ...]:
+    """The default axes of a unit: a vector or scalar is one unit."""
+    return tuple(range(leaf.ndim)) if leaf.ndim <= 1 else tuple(range(leaf.ndim - 1))
+
+
+def rank_label(tree: Any) -> Any:
+    """Labels as in `ranks`."""
+    return jax.tree.map(lambda leaf: "matrix" if np.ndim(leaf) > 1 else "vector", tree)
+
+
+def by_label(threshold: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+    """Limits in a mapping, of one label for all."""
+    return gradclip_jax.clip_by_group_norm({"all": threshold}, lambda tree: "all", **kwargs)
+
+
+def between(limit: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+    """Bounds given as a pair."""
+    if limit is None:
+        return gradclip_jax.clip_by_value(float("-inf"), float("inf"), **kwargs)
+    lower = (lambda count: -limit(count)) if callable(limit) else -limit
+    return gradclip_jax.clip_by_value(lower, limit, **kwargs)
+
+
+def responding(response: Any) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """A global clip with another response."""
+    return functools.partial(gradclip_jax.clip_by_global_norm, response=response)
+
+
+STRATEGIES = [
+    Strategy("clip_by_global_norm", gradclip_jax.clip_by_global_norm, everything),
+    *(
+        Strategy(
+            f"clip_by_global_norm[order={order}]",
+            functools.partial(gradclip_jax.clip_by_global_norm, order=order),
+            everything,
+            order=order,
+        )
+        for order in (1, 3, float("inf"))
+    ),
+    *(
+        Strategy(
+            f"clip_by_global_norm[{response.__name__}]",
+            responding(response),
+            everything,
+            changes_below=True,
+        )
+        for response in (gradclip_jax.smooth, gradclip_jax.smooth_sqrt, gradclip_jax.smooth_tanh)
+    ),
+    Strategy("clip_by_global_norm[drop]", responding(gradclip_jax.drop), everything, drops=True),
+    Strategy("clip_by_norm", gradclip_jax.clip_by_norm, leaves),
+    Strategy(
+        "clip_by_unit_norm",
+        gradclip_jax.clip_by_unit_norm,
+        functools.partial(units, axes=all_but_last),
+        units=True,
+    ),
+    Strategy(
+        "clip_by_group_norm",
+        functools.partial(gradclip_jax.clip_by_group_norm, labels=rank_label),
+        ranks,
+    ),
+    Strategy("clip_by_group_norm[mapping]", by_label, everything, argument="max_norm['all']"),
+    Strategy(
+        "clip_by_block_rms",
+        gradclip_jax.clip_by_block_rms,
+        leaves,
+        argument="threshold",
+        limit=lambda t, elements, params: t * np.sqrt(elements.size),
+    ),
+    Strategy(
+        "adaptive_grad_clip",
+        gradclip_jax.adaptive_grad_clip,
+        functools.partial(units, axes=lambda leaf: nfnets_axes("", leaf)),
+        argument="clipping",
+        limit=lambda t, elements, params: t * max(np.linalg.norm(wide(params)), 1e-3),
+        units=True,
+    ),
+    Strategy(
+        "normalize_by_norm",
+        gradclip_jax.normalize_by_norm,
+        everything,
+        argument="norm",
+        enlarges=True,
+        changes_below=True,
+    ),
+    Strategy("clip_by_value", gradclip_jax.clip_by_value, elements, argument="limit"),
+    Strategy("clip_by_value[pair]", between, elements, argument="upper"),
+]
+
+
+def public_strategies() -> list[str]:
+    """Names of the public factories of a clip, read off their annotations."""
+    return [
+        name
+        for name, value in vars(gradclip_jax).items()
+        if inspect.isfunction(value)
+        and "GradientTransformation" in str(inspect.signature(value).return_annotation)
+    ]

@@ -1,0 +1,83 @@
+"""A module imports only from lower layers, and the package needs jax and optax alone."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import gradclip_jax
+
+PACKAGE = Path(gradclip_jax.__file__).parent
+LAYERS = [
+    {"_devices"},
+    {"_norms", "_limits"},
+    {"_rescale"},
+    {"_clip"},
+    {"_metrics", "_guards", "_backward", "_strategies"},
+    {"__init__"},
+]
+LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
+FILES = sorted(PACKAGE.rglob("*.py"))
+each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+
+
+def module_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(file: Path) -> tuple[set[str], set[str]]:
+    """Modules of the package, and top-level packages from outside."""
+    inside, outside = set(), set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            up = len(file.relative_to(PACKAGE).parts) - node.level
+            path = [*file.relative_to(PACKAGE).parts[:up], *(node.module or "").split(".")]
+            inside.add(path[0])
+        elif isinstance(node, ast.ImportFrom):
+            outside.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.Import):
+            outside |= {alias.name.split(".")[0] for alias in node.names}
+    return inside, outside
+
+
+@each_file
+def test_imports_only_from_lower_layers(file):
+    inside, _ = imports(file)
+    for module in inside - {"_strategies"} if module_of(file) == "_strategies" else inside:
+        assert LAYER[module] < LAYER[module_of(file)], f"{file.name} imports {module}"
+
+
+@each_file
+def test_depends_on_jax_and_optax_alone(file):
+    _, outside = imports(file)
+    # numpy is a dependency of jax, and its scalars are thresholds.
+    assert outside - set(sys.stdlib_module_names) <= {"jax", "optax", "numpy"}
+
+
+def test_every_module_has_a_layer():
+    assert {module_of(file) for file in FILES} == set(LAYER)
+
+
+def test_only_norms_and_devices_know_collectives():
+    collectives = ("psum", "pmax", "pmean", "all_gather")
+    for file in FILES:
+        if module_of(file) not in ("_norms", "_devices"):
+            calls = [
+                node.attr
+                for node in ast.walk(ast.parse(file.read_text()))
+                if isinstance(node, ast.Attribute)
+            ]
+            assert not set(calls) & set(collectives), file.name
+
+
+def test_the_public_surface_is_what_init_names():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    named = [
+        alias for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+    ]
+    assert all(alias.asname == alias.name for alias in named)
+    assert len(named) == len({alias.name for alias in named})
+    for alias in named:
+        value = getattr(gradclip_jax, alias.name)
+        assert value.__doc__, f"{alias.name} has no docstring"

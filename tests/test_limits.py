@@ -1,0 +1,94 @@
+"""Limits on plain lists of numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gradclip_jax import Limit, constant, maximum, minimum
+from gradclip_jax._limits import observe
+
+
+def limits_of(limit: Limit, norms, dtype=jnp.float32):
+    state = limit.init(jnp.zeros((), dtype))
+    values = []
+    for norm in norms:
+        value, state = observe(limit, jnp.asarray(norm, dtype), state)
+        values.append(float(value))
+    return values, state
+
+
+last_norm = Limit(lambda norm: jnp.full(norm.shape, jnp.inf), lambda norm, state: (state, norm))
+"""The norm before this one: as small as a limit that learns can be."""
+
+
+def countdown(count):
+    return 10.0 - count.astype(jnp.float32)
+
+
+def test_a_constant_is_constant():
+    assert limits_of(constant(2.0), [1.0, 100.0])[0] == [2.0, 2.0]
+    assert limits_of(constant(None), [1.0])[0] == [np.inf]
+
+
+def test_a_schedule_gets_the_number_of_updates():
+    assert limits_of(constant(countdown), [1.0] * 3)[0] == [10.0, 9.0, 8.0]
+
+
+def test_a_clock_runs_on_when_a_norm_is_not_finite():
+    values, count = limits_of(constant(countdown), [1.0, np.nan, 1.0])
+    assert values == [10.0, 9.0, 8.0]
+    assert int(count) == 3
+
+
+def test_a_scheduled_limit_below_zero_or_nan_counts_as_zero():
+    assert limits_of(constant(lambda count: countdown(count) - 9), [1.0] * 3)[0] == [1.0, 0.0, 0.0]
+    assert limits_of(constant(lambda count: jnp.nan), [1.0])[0] == [0.0]
+
+
+def test_a_number_beyond_float32_is_infinite():
+    assert limits_of(constant(1e300), [1.0])[0] == [np.inf]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_never_enters_what_a_limit_has_learned(bad):
+    values, _ = limits_of(last_norm, [3.0, bad, 5.0, 1.0])
+    assert values == [np.inf, 3.0, 3.0, 5.0]
+
+
+def test_learning_is_protected_element_by_element_and_within_joins():
+    for limit in (last_norm, minimum(last_norm, 100.0), maximum(0.5, last_norm)):
+        state = limit.init(jnp.zeros(2))
+        _, state = observe(limit, jnp.array([3.0, 4.0]), state)
+        _, state = observe(limit, jnp.array([jnp.nan, 7.0]), state)
+        value, _ = observe(limit, jnp.array([1.0, 1.0]), state)
+        np.testing.assert_array_equal(value, [3.0, 7.0])
+
+
+def test_minimum_and_maximum_of_two_limits():
+    assert limits_of(minimum(last_norm, 4.0), [3.0, 5.0, 1.0])[0] == [4.0, 3.0, 4.0]
+    assert limits_of(maximum(last_norm, 4.0), [3.0, 5.0, 1.0])[0] == [np.inf, 4.0, 5.0]
+    both = maximum(minimum(last_norm, 10.0), 2.0)
+    assert limits_of(both, [1.0, 50.0, 3.0])[0] == [10.0, 2.0, 10.0]
+
+
+def test_limits_take_arrays_of_norms():
+    limit = minimum(constant(2.0), last_norm)
+    state = limit.init(jnp.zeros((2, 3)))
+    value, _ = jax.jit(limit.update)(jnp.ones((2, 3)), state)
+    assert value.shape == (2, 3)
+    assert value.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("bad", [-1, float("nan"), False, "1", None, jnp.ones(2), jnp.array(True)])
+def test_a_constant_that_may_not_be_raises(bad):
+    if bad is None:
+        assert limits_of(constant(bad), [1.0])[0] == [np.inf]
+        return
+    with pytest.raises(ValueError, match="`limit` must be"):
+        constant(bad)
+
+
+def test_the_message_names_argument_rule_and_value():
+    with pytest.raises(ValueError, match=r"^`limit` must be non-negative, got -1\.0\.$"):
+        constant(-1.0)

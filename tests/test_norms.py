@@ -1,0 +1,146 @@
+"""Measures, on numbers that can be checked by hand and against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from gradclip_jax import global_norm, group_norms, leaf_norms, unit_norms
+from gradclip_jax._norms import spread
+
+ROOT_160 = np.float32(np.sqrt(160.0))
+GRADS = {"w": jnp.array([[3.0, 0.0], [4.0, 12.0]]), "b": jnp.array([0.0, 84.0])}
+
+
+def test_global_norm_of_a_chain_of_pythagorean_triples():
+    assert float(global_norm(GRADS)) == 85.0
+    assert float(global_norm(GRADS, order=1)) == 103.0
+    assert float(global_norm(GRADS, order=jnp.inf)) == 84.0
+    assert float(global_norm([jnp.array([3.0, 4.0, 5.0])], order=3)) == pytest.approx(6.0)
+
+
+def test_leaf_norms_have_the_tree_of_the_updates():
+    norms = leaf_norms(GRADS)
+    assert {name: float(norm) for name, norm in norms.items()} == {"w": 13.0, "b": 84.0}
+
+
+def test_unit_norms_keep_the_axes_that_a_unit_spans():
+    norms = unit_norms(GRADS)
+    np.testing.assert_array_equal(norms["w"], [[5.0, 12.0]])
+    np.testing.assert_array_equal(norms["b"], [84.0])
+
+
+def test_unit_axes_by_int_tuple_and_callable():
+    np.testing.assert_array_equal(unit_norms(GRADS, axes=1)["w"], [[3.0], [ROOT_160]])
+    np.testing.assert_array_equal(unit_norms(GRADS, axes=1)["b"], [0.0, 84.0])
+    np.testing.assert_array_equal(unit_norms(GRADS, axes=(0, 1))["w"], [[13.0]])
+    np.testing.assert_array_equal(unit_norms(GRADS, axes=(0, 1))["b"], [84.0])
+    by_path = unit_norms(GRADS, axes=lambda path, leaf: -1 if path == "w" else None)
+    np.testing.assert_array_equal(by_path["w"], [[3.0], [ROOT_160]])
+    np.testing.assert_array_equal(by_path["b"], [84.0])
+
+
+def test_unit_axes_that_may_not_be():
+    with pytest.raises(ValueError, match=r"`axes` must be axes of `b`, which has 1, got 1\."):
+        unit_norms(GRADS, axes=lambda path, leaf: 1)
+    with pytest.raises(
+        ValueError, match=r"`axes` must be an int or a tuple of ints, got \(0\.5,\)"
+    ):
+        unit_norms(GRADS, axes=(0.5,))
+
+
+def test_layers_stacked_by_scan_stay_apart():
+    stacked = jnp.stack([jnp.full((3, 2), 1.0), jnp.full((3, 2), 100.0)])
+    norms = unit_norms(stacked, axes=(1, 2))
+    np.testing.assert_allclose(norms[:, 0, 0], [np.sqrt(6), 100 * np.sqrt(6)], rtol=1e-6)
+
+
+def test_group_norms_by_prefix_and_by_callable():
+    grads = {"body": {"a": jnp.array(3.0), "b": jnp.array(4.0)}, "head": jnp.array(2.0)}
+    norms = group_norms(grads, labels={"body": "slow", "head": "fast"})
+    assert {label: float(norm) for label, norm in norms.items()} == {"slow": 5.0, "fast": 2.0}
+    by_rank = group_norms(grads, labels=lambda tree: jax.tree.map(lambda x: x.ndim, tree))
+    assert {label: float(norm) for label, norm in by_rank.items()} == {0: pytest.approx(29**0.5)}
+
+
+def test_labels_that_do_not_cover_the_tree_raise():
+    with pytest.raises(ValueError, match="`labels` must cover the tree of the updates"):
+        group_norms(GRADS, labels={"w": "a"})
+
+
+def test_spread_gives_each_leaf_the_norm_that_covers_it():
+    tree = {"a": {"x": 1, "y": 2}, "b": 3}
+    assert spread({"a": 10, "b": 20}, tree) == [10, 10, 20]
+    assert spread(7, tree) == [7, 7, 7]
+    grads = {"a": jnp.ones(2), "b": jnp.ones(3), "c": jnp.arange(2)}
+    norms = group_norms(grads, labels={"a": "x", "b": "y", "c": "z"})
+    assert spread(norms, grads) == [norms["x"], norms["y"], None]
+    with pytest.raises(ValueError, match="`measure` must return norms whose tree is a prefix"):
+        spread({"a": 10}, tree)
+
+
+@pytest.mark.parametrize("order", [0.5, 0, -1, True, "2", float("nan"), jnp.float32(2), None])
+def test_an_order_that_may_not_be_raises(order):
+    with pytest.raises(ValueError, match="`order` must be a Python number of at least 1"):
+        global_norm(GRADS, order=order)
+
+
+@pytest.mark.parametrize("order", [1, 2, 2.5, 3, 10, float("inf")])
+@pytest.mark.parametrize("scale", [1e-37, 1e-20, 1e-12, 1.0, 1e12, 1e15, 1e19, 1e30, 1e37])
+def test_norms_agree_with_float64_at_any_scale(order, scale):
+    x = (np.random.default_rng(0).normal(size=1000) * scale / 100).astype(np.float32)
+    normal = np.where(np.abs(x) < 1.2e-38, 0, x)  # XLA takes subnormals for zero
+    expected = np.linalg.norm(normal.astype(np.float64) / scale, order) * scale
+    measured = global_norm({"a": jnp.asarray(x[:300]), "b": jnp.asarray(x[300:])}, order=order)
+    np.testing.assert_allclose(float(measured), expected, rtol=2e-6)
+
+
+def test_elements_of_very_different_size():
+    for x in ([1e-30, 1e10], [1e20, 1.0], [1e-25, 3e-25, 1e-24], [2.0**49, 2.0**51, 2.0**48]):
+        expected = np.linalg.norm(np.asarray(x))
+        np.testing.assert_allclose(float(global_norm(jnp.array(x))), expected, rtol=1e-6)
+        apart = {str(i): jnp.float32(element) for i, element in enumerate(x)}
+        np.testing.assert_allclose(float(global_norm(apart)), expected, rtol=1e-6)
+
+
+def test_bfloat16_sums_do_not_stop_growing():
+    """In bfloat16 the running sum of ones stops at 256: a norm of 16 for any number of leaves."""
+    ones = [jnp.ones(1, jnp.bfloat16)] * 1200
+    assert float(global_norm(ones)) == pytest.approx(np.sqrt(1200), rel=1e-6)
+    assert float(jax.jit(global_norm)(ones)) == pytest.approx(np.sqrt(1200), rel=1e-6)
+
+
+def test_integer_overflow_does_not_enter():
+    tree = {"int8": jnp.array([100], jnp.int8), "x": jnp.array([3.0, 4.0])}
+    assert float(global_norm(tree)) == 5.0
+
+
+def test_the_exact_path_is_taken_only_when_the_fast_one_left_the_safe_range():
+    """The second pass is a branch of a conditional, so the common case reads gradients once."""
+    text = str(jax.make_jaxpr(global_norm)(jnp.ones(8)))
+    assert text.count("cond[") == 1
+
+
+def test_a_norm_beyond_the_largest_float32_is_infinite():
+    assert float(global_norm(jnp.full(4, 3e38))) == np.inf
+
+
+def test_prefix_specs_must_match_the_tree():
+    with pytest.raises(ValueError, match="`axis_name` must be a prefix pytree of the updates"):
+        global_norm(GRADS, axis_name={"w": P("data")})
+    with pytest.raises(ValueError, match="`axis_name` must be a name, names, or a prefix pytree"):
+        global_norm(GRADS, axis_name=3)
+
+
+def test_eager_calls_share_one_compiled_program():
+    from gradclip_jax._norms import _norms_of_groups
+
+    before = _norms_of_groups._cache_size()
+    for scale in (1.0, 2.0, 1e30):
+        leaf_norms([jnp.full(7, scale), jnp.full((7, 3), scale)])
+    assert _norms_of_groups._cache_size() == before + 1
+
+
+def test_the_norm_of_many_ones_is_right_in_float32():
+    assert float(global_norm(jnp.ones(2**26))) == 2.0**13

@@ -1,0 +1,59 @@
+"""What docstrings and the README show runs, and says what it shows."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import gradclip_jax
+
+ROOT = Path(__file__).parent.parent
+MODULES = [name for _, name, _ in pkgutil.walk_packages(gradclip_jax.__path__, "gradclip_jax.")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings_run(name, standard_promotion):
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.failed == 0
+
+
+def test_public_functions_have_an_example():
+    for name, value in vars(gradclip_jax).items():
+        if callable(value) and not isinstance(value, type):
+            assert ">>>" in (value.__doc__ or ""), f"{name} shows no example"
+
+
+def blocks(language: str) -> list[str]:
+    text = (ROOT / "README.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_readme_blocks_run_in_order(capsys, standard_promotion):
+    """Python blocks run as one program; what a comment `# -> x` promises is what is printed."""
+    namespace: dict = {}
+    python = blocks("python")
+    assert len(python) >= 4
+    for block in python:
+        exec(compile(block, "README.md", "exec"), namespace)
+        promised = re.findall(r"# -> (.*)$", block, flags=re.MULTILINE)
+        printed = capsys.readouterr().out.splitlines()
+        assert printed == promised
+
+
+def test_readme_commands_are_those_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    commands = re.findall(r"^make (\w+)", "\n".join(blocks("sh")), flags=re.MULTILINE)
+    assert {"demo", "test"} <= set(commands)
+    for target in commands:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_readme_table_names_every_strategy():
+    text = (ROOT / "README.md").read_text()
+    rows = set(re.findall(r"^\| `(\w+)`", text, flags=re.MULTILINE))
+    from registry import public_strategies
+
+    assert set(public_strategies()) - {"clip_to_limit"} <= rows

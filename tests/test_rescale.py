@@ -1,0 +1,103 @@
+"""Responses, and the multiplication."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gradclip_jax import (
+    clip_to_limit,
+    drop,
+    global_norm,
+    normalize,
+    shrink,
+    smooth,
+    smooth_sqrt,
+    smooth_tanh,
+)
+from gradclip_jax._rescale import factors
+
+SMOOTH = [smooth, smooth_sqrt, smooth_tanh]
+norms = jnp.array([0.0, 1e-6, 0.5, 1.0, 2.0, 1e3, 1e30])
+
+
+@pytest.mark.parametrize("response", [shrink, normalize, drop, *SMOOTH])
+def test_the_held_norm_is_at_most_the_limit_and_zero_has_factor_one(response):
+    factor = response(norms, jnp.ones_like(norms))
+    assert (factor * norms <= 1 + 1e-6).all() or response is normalize
+    assert float(factor[0]) == 1.0
+    assert factor.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("response", "formula"),
+    [
+        (smooth, lambda r: 1 / (1 + r)),
+        (smooth_sqrt, lambda r: 1 / np.sqrt(1 + r**2)),
+        (smooth_tanh, lambda r: np.tanh(r) / r),
+        (shrink, lambda r: np.minimum(1, 1 / r)),
+        (normalize, lambda r: 1 / r),
+        (drop, lambda r: 1.0 * (r <= 1)),
+    ],
+)
+def test_responses_are_their_formulas(response, formula):
+    norm, limit = np.logspace(-10, 10, 41), 0.3
+    factor = response(jnp.asarray(norm, jnp.float32), jnp.full(41, limit))
+    np.testing.assert_allclose(factor, formula(norm / np.float32(limit)), rtol=2e-6)
+
+
+@pytest.mark.parametrize("response", SMOOTH)
+def test_smooth_responses_have_no_corner_and_never_reach_the_limit(response):
+    r = jnp.linspace(0.01, 5, 200)
+    held, slope = jax.vmap(jax.value_and_grad(lambda r: r * response(r, jnp.float32(1))))(r)
+    assert (held < 1).all()
+    assert (slope > 0).all()
+    assert (jnp.abs(jnp.diff(slope)) < 0.06).all()  # the slope of `shrink` falls by 1 at once
+
+
+@pytest.mark.parametrize("response", [shrink, normalize, drop, *SMOOTH])
+def test_limits_of_zero_and_infinity(response):
+    positive = norms[1:]
+    np.testing.assert_array_equal(response(positive, jnp.zeros_like(positive)), 0)
+    np.testing.assert_array_equal(response(norms, jnp.full_like(norms, jnp.inf)), 1)
+
+
+@pytest.mark.parametrize("response", [shrink, normalize, drop, *SMOOTH])
+@pytest.mark.parametrize("limit", [0.0, 1.0, jnp.inf])
+def test_derivatives_at_a_zero_norm_are_zero_never_nan(response, limit):
+    assert float(jax.grad(response)(0.0, jnp.float32(limit))) == 0
+
+
+def test_shrink_with_the_epsilon_of_pytorch():
+    """Its scale is limit / (norm + 1e-6), so a norm at the limit shrinks a little."""
+    norm = jnp.float32(0.05)
+    assert float(shrink(norm, jnp.float32(0.01), eps=1e-6)) == pytest.approx(0.01 / 0.050001)
+    assert float(shrink(jnp.float32(1.0), jnp.float32(1.0), eps=1e-6)) < 1
+    clip = clip_to_limit(1.0, global_norm, functools.partial(shrink, eps=1e-2))
+    updates, _ = clip.update(jnp.array([3.0, 4.0]), clip.init(jnp.zeros(2)))
+    np.testing.assert_allclose(updates, np.array([3.0, 4.0]) / 5.01, rtol=1e-6)
+
+
+def test_a_factor_below_the_smallest_float32_is_shared_by_two_steps():
+    first, second = factors(jnp.float32(3e38), jnp.float32(1e-3), shrink)
+    assert float(second) == 2.0**-64
+    assert float(first) * 2.0**-64 == pytest.approx(1e-3 / 3e38, rel=1e-6)
+    clip = clip_to_limit(1e-3)
+    updates, _ = clip.update(jnp.array([3e38, 3e35]), clip.init(jnp.zeros(2)))
+    np.testing.assert_allclose(updates, [1e-3, 1e-6], rtol=1e-5)
+
+
+def test_a_factor_above_the_largest_float32_is_shared_by_two_steps():
+    clip = clip_to_limit(1e10, global_norm, normalize)
+    updates, _ = clip.update(jnp.array([3e-35, 4e-35]), clip.init(jnp.zeros(2)))
+    np.testing.assert_allclose(updates, [6e9, 8e9], rtol=1e-5)
+
+
+def test_the_product_is_taken_in_float32():
+    """In float16 300 times 1 / 300 = 0.003334 would be 1.0002."""
+    clip = clip_to_limit(1.0)
+    updates, _ = clip.update(jnp.array([300.0], jnp.float16), clip.init(jnp.zeros(1)))
+    assert updates.dtype == jnp.float16
+    assert float(updates[0]) == 1.0
