@@ -8,7 +8,7 @@ import optax
 
 from ._clip import NonfiniteState, counted
 from ._devices import AxisName, beside, changed_in_place, reduced_in_place
-from ._norms import global_norm, is_gradient, norm_dtype
+from ._norms import all_finite, global_norm, is_gradient, norm_dtype
 
 
 def zero_nonfinite(*, axis_name: AxisName = None) -> optax.GradientTransformationExtraArgs:
@@ -60,4 +60,4 @@ def _zeroed(x: jax.Array) -> jax.Array:
 
 
 def _any_nonfinite(x: Any) -> jax.Array:
-    return jnp.any(~jnp.isfinite(x)).astype(norm_dtype())
+    return (~all_finite(x)).astype(norm_dtype())

@@ -259,6 +259,19 @@ def test_what_is_not_finite_zeroes_its_group_and_leaves_the_others_alone(strateg
 
 @all_strategies
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("position", [0, 2500, 4999])
+def test_what_is_not_finite_is_found_in_large_arrays(strategy, bad, position):
+    """From 1,000 elements on, the maximum of an array loses NaN on CPU."""
+    updates = {"x": jnp.ones(5000).at[position].set(bad), "y": jnp.ones((50, 40))}
+    result, state = apply(strategy.make(0.1), updates, jax.tree.map(jnp.ones_like, updates))
+    assert int(gradclip_jax.metrics(state)["nonfinite_count"]) == 1
+    for before, after in zip(strategy.vectors(updates), strategy.vectors(result), strict=True):
+        assert np.isfinite(after).all()
+        assert np.isfinite(before).all() or not after.any()
+
+
+@all_strategies
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_propagate_makes_the_group_nan_and_leaves_the_others_alone(strategy, bad):
     updates = normal_tree(scale=10)
     broken = {**updates, "bias": updates["bias"].at[0].set(bad)}

@@ -1,0 +1,185 @@
+"""The engine: measure, limit and response in any combination."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gradclip_jax
+from gradclip_jax import (
+    ClipState,
+    Limit,
+    clip_to_limit,
+    drop,
+    group_norms,
+    leaf_norms,
+    minimum,
+    normalize,
+    unit_norms,
+)
+
+GRADS = {"w": jnp.array([[3.0, 0.0], [4.0, 12.0]]), "b": jnp.array([0.0, 84.0])}
+
+last_norm = Limit(lambda norm: jnp.full(norm.shape, jnp.inf), lambda norm, state: (state, norm))
+
+
+def run(clip, *updates):
+    state = clip.init(updates[0])
+    results = []
+    for update in updates:
+        result, state = clip.update(update, state)
+        results.append(result)
+    return results, state
+
+
+def test_the_example_that_can_be_checked_by_hand():
+    clip = gradclip_jax.clip_by_global_norm(1.0)
+    (result,), state = run(clip, {"w": jnp.array([3.0, 4.0])})
+    np.testing.assert_allclose(result["w"], [0.6, 0.8], rtol=1e-7)
+    assert float(state.grad_norm) == 5.0
+    assert float(state.clip_factor) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [leaf_norms, unit_norms, functools.partial(group_norms, labels={"w": "x", "b": "y"})],
+    ids=["leaf_norms", "unit_norms", "group_norms"],
+)
+def test_any_limit_serves_at_any_granularity(measure):
+    """A limit that learns has statistics of its own for each norm."""
+    clip = clip_to_limit(last_norm, measure)
+    doubled = {"w": 2 * GRADS["w"], "b": GRADS["b"] / 2}
+    (first, second, third), state = run(clip, GRADS, doubled, GRADS)
+    jax.tree.map(np.testing.assert_array_equal, first, GRADS)  # no limit yet
+    np.testing.assert_allclose(second["w"], GRADS["w"], rtol=1e-6)  # held to the norm before
+    np.testing.assert_array_equal(second["b"], doubled["b"])
+    np.testing.assert_array_equal(third["w"], GRADS["w"])
+    np.testing.assert_allclose(third["b"], doubled["b"], rtol=1e-6)
+    assert int(state.clip_count) == 2
+
+
+def test_a_nan_in_one_group_leaves_the_statistics_of_that_group_alone():
+    clip = clip_to_limit(last_norm, leaf_norms)
+    broken = {"w": GRADS["w"].at[0, 0].set(jnp.nan), "b": GRADS["b"] / 2}
+    _, state = run(clip, GRADS, broken)
+    np.testing.assert_allclose(state.limit_state[0], [42.0, 13.0])
+    assert np.isnan(state.grad_norm["w"])
+    assert int(state.nonfinite_count) == 1
+
+
+def test_joined_limits_and_other_responses():
+    clip = clip_to_limit(minimum(last_norm, 50.0), leaf_norms, drop)
+    (first,), state = run(clip, GRADS)
+    np.testing.assert_array_equal(first["w"], GRADS["w"])
+    np.testing.assert_array_equal(first["b"], [0.0, 0.0])
+    assert float(state.clip_limit["b"]) == 50.0
+    (unit,), _ = run(clip_to_limit(1.0, leaf_norms, normalize), GRADS)
+    np.testing.assert_allclose(np.linalg.norm(unit["w"]), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(unit["b"]), 1.0, rtol=1e-6)
+
+
+def test_a_measure_of_the_user_with_a_prefix_of_the_updates():
+    """A norm for each block of a model, however deep the block."""
+
+    def block_norms(updates, *, axis_name):
+        return {
+            name: gradclip_jax.global_norm(block, axis_name=axis_name)
+            for name, block in updates.items()
+        }
+
+    grads = {"encoder": {"w": jnp.array([3.0]), "b": jnp.array([4.0])}, "head": jnp.array([0.5])}
+    (result,), state = run(clip_to_limit(1.0, block_norms), grads)
+    np.testing.assert_allclose(result["encoder"]["w"], [0.6], rtol=1e-6)
+    np.testing.assert_allclose(result["encoder"]["b"], [0.8], rtol=1e-6)
+    np.testing.assert_array_equal(result["head"], [0.5])
+    assert set(state.grad_norm) == {"encoder", "head"}
+
+
+def test_a_measure_whose_norms_are_no_prefix_raises():
+    clip = clip_to_limit(1.0, lambda updates, *, axis_name: {"elsewhere": jnp.float32(1)})
+    with pytest.raises(ValueError, match="`measure` must return norms whose tree is a prefix"):
+        run(clip, GRADS)
+
+
+def test_a_norm_that_is_known_is_not_measured_again():
+    clip = gradclip_jax.clip_by_global_norm(1.0)
+    state = clip.init(GRADS)
+    result, state = clip.update(GRADS, state, grad_norm=jnp.float32(170.0))
+    np.testing.assert_allclose(result["b"], GRADS["b"] / 170, rtol=1e-6)
+    assert float(state.grad_norm) == 170.0
+    text = str(jax.make_jaxpr(lambda g, s, n: clip.update(g, s, grad_norm=n))(GRADS, state, 1.0))
+    assert "reduce_sum" not in text
+    with pytest.raises(ValueError, match=r"`grad_norm` must be a scalar, got shape \(2,\)"):
+        clip.update(GRADS, state, grad_norm=jnp.ones(2))
+
+
+def test_a_known_norm_goes_through_a_chain():
+    optimizer = optax.chain(gradclip_jax.clip_by_global_norm(1.0), optax.sgd(1.0))
+    result, _ = optimizer.update(GRADS, optimizer.init(GRADS), grad_norm=jnp.float32(170.0))
+    np.testing.assert_allclose(result["b"], -GRADS["b"] / 170, rtol=1e-6)
+
+
+def test_a_known_global_norm_does_not_replace_norms_of_groups():
+    clip = gradclip_jax.clip_by_norm(1.0)
+    result, _ = clip.update(GRADS, clip.init(GRADS), grad_norm=jnp.float32(1e6))
+    np.testing.assert_allclose(np.linalg.norm(result["w"]), 1.0, rtol=1e-6)
+
+
+def test_updates_of_another_structure_than_at_init_raise():
+    clip = gradclip_jax.clip_by_norm(1.0)
+    state = clip.init(GRADS)
+    with pytest.raises(
+        ValueError, match="`updates` must have the structure of the params given to"
+    ):
+        clip.update({"w": GRADS["w"]}, state)
+
+
+def test_updates_may_lack_leaves_that_the_params_have():
+    """None for a parameter that is frozen is no other structure."""
+    clip = gradclip_jax.clip_by_global_norm(1.0)
+    updates = {"w": None, "b": GRADS["b"]}
+    result, _ = clip.update(updates, clip.init(GRADS), GRADS)
+    assert result["w"] is None
+    assert float(result["b"][1]) == 1.0
+
+
+def test_state_is_readable_by_its_field_names():
+    optimizer = optax.chain(gradclip_jax.clip_by_global_norm(1.0), optax.sgd(1.0))
+    _, state = optimizer.update(GRADS, optimizer.init(GRADS))
+    assert float(optax.tree.get(state, "grad_norm")) == 85.0
+    assert ClipState._fields[:3] == ("grad_norm", "clip_limit", "clip_factor")
+
+
+def test_help_shows_the_defaults_that_injection_must_not_see():
+    text = str(inspect.signature(gradclip_jax.clip_by_global_norm))
+    assert "order: float = 2" in text
+    assert "= shrink" in text
+    assert "on_nonfinite: Literal['zero', 'propagate'] = 'zero'" in text.replace("typing.", "") or (
+        "on_nonfinite" in text and "'zero'" in text
+    )
+
+
+def test_structural_arguments_pass_through_injection():
+    make = optax.inject_hyperparams(
+        gradclip_jax.clip_by_global_norm, static_args=("order", "response")
+    )
+    clip = make(max_norm=1.0, order=1, response=drop)
+    result, state = clip.update(GRADS, clip.init(GRADS))
+    assert float(jnp.abs(result["b"]).sum()) == 0
+    assert set(state.hyperparams) == {"max_norm"}
+    with pytest.raises(ValueError, match="`order` must be a Python number"):
+        optax.inject_hyperparams(gradclip_jax.clip_by_global_norm)(max_norm=1.0, order=1).init(
+            GRADS
+        )
+
+
+def test_counters_stop_at_their_largest_value():
+    clip = gradclip_jax.clip_by_global_norm(1.0)
+    most = jnp.int32(2**31 - 1)
+    state = clip.init(GRADS)._replace(step_count=most, clip_count=most)
+    _, state = clip.update(GRADS, state)
+    assert int(state.step_count) == int(state.clip_count) == 2**31 - 1

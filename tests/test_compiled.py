@@ -1,0 +1,93 @@
+"""What XLA makes of a clip: memory, passes over the gradients, recompilations."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import gradclip_jax
+
+SIDE = 1024
+BYTES = 4 * SIDE * SIDE
+PARAMS = {"kernel": jnp.ones((SIDE, SIDE)), "bias": jnp.ones(SIDE)}
+
+
+def compiled_step(clip, optimizer, params, donate_grads):
+    chain = optimizer if clip is None else optax.chain(clip, optimizer)
+
+    def step(params, state, grads):
+        updates, state = chain.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    donated = (0, 1, 2) if donate_grads else (0, 1)
+    return jax.jit(step, donate_argnums=donated).lower(params, chain.init(params), params).compile()
+
+
+# Donated gradients have no output to become: params and moments take the place of their own.
+pytestmark = pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+
+
+@pytest.mark.parametrize("donate_grads", [True, False])
+def test_no_second_copy_of_the_gradients_in_front_of_adamw(donate_grads, standard_promotion):
+    clip = gradclip_jax.clip_by_global_norm(1.0)
+    memory = compiled_step(clip, optax.adamw(1e-3), PARAMS, donate_grads).memory_analysis()
+    assert memory.temp_size_in_bytes < 0.05 * BYTES
+
+
+def test_optax_keeps_one(standard_promotion):
+    """The bound can fail: a select between two trees keeps the clipped gradients."""
+    step = compiled_step(optax.clip_by_global_norm(1.0), optax.adamw(1e-3), PARAMS, True)
+    assert step.memory_analysis().temp_size_in_bytes > 0.9 * BYTES
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [
+        gradclip_jax.clip_by_norm(1.0),
+        gradclip_jax.clip_by_value(1.0),
+        gradclip_jax.clip_by_block_rms(1.0),
+        gradclip_jax.clip_by_group_norm(1.0, {"kernel": 0, "bias": 1}),
+        gradclip_jax.clip_by_global_norm(1.0, response=gradclip_jax.smooth),
+        gradclip_jax.clip_by_global_norm(1.0, order=1),
+        gradclip_jax.clip_by_global_norm(1.0, order=jnp.inf),
+        gradclip_jax.zero_nonfinite(),
+    ],
+)
+def test_no_other_clip_keeps_one_either(clip, standard_promotion):
+    memory = compiled_step(clip, optax.adamw(1e-3), PARAMS, True).memory_analysis()
+    assert memory.temp_size_in_bytes < 0.05 * BYTES
+
+
+def test_a_clip_of_bfloat16_makes_no_float32_copy():
+    grads = jnp.ones((SIDE, SIDE), jnp.bfloat16)
+    memory = jax.jit(gradclip_jax.global_norm).lower(grads).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.05 * BYTES / 2
+
+
+def test_a_changed_threshold_in_the_state_does_not_recompile():
+    clip = optax.inject_hyperparams(gradclip_jax.clip_by_global_norm)(max_norm=1.0)
+    step = jax.jit(clip.update)
+    state = clip.init(PARAMS)
+    for limit in (1.0, 2.0, 3.0):
+        state.hyperparams["max_norm"] = jnp.float32(limit)
+        _, state = step(PARAMS, state)
+    assert step._cache_size() == 1
+
+
+def test_nothing_calls_back_to_the_host():
+    clip = gradclip_jax.clip_by_norm(1.0)
+    text = str(jax.make_jaxpr(clip.update)(PARAMS, clip.init(PARAMS)))
+    assert not re.search("callback|infeed|outfeed|io_effect", text)
+
+
+def test_the_number_of_operations_does_not_grow_with_leaves_times_steps_of_the_rule():
+    """Norms of many leaves are held as one vector: five equations for one more leaf, not fifty."""
+
+    def equations(count):
+        grads = {str(i): jnp.ones(4) for i in range(count)}
+        clip = gradclip_jax.clip_by_norm(1.0)
+        return len(jax.make_jaxpr(clip.update)(grads, clip.init(grads)).jaxpr.eqns)
+
+    assert (equations(60) - equations(20)) / 40 <= 15

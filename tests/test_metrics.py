@@ -1,0 +1,159 @@
+"""Reading clips out of any optimizer state."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import gradclip_jax
+from gradclip_jax import metrics
+
+GRADS = {"encoder": {"w": jnp.array([[3.0, 0.0], [4.0, 12.0]])}, "head": jnp.array([84.0])}
+KEYS = [
+    "grad_norm", "clip_limit", "clip_factor", "clipped",
+    "clip_count", "nonfinite_count", "step_count",
+]  # fmt: skip
+
+
+def after(optimizer, *updates):
+    state = optimizer.init(GRADS)
+    for update in updates:
+        _, state = optimizer.update(update, state, GRADS)
+    return state
+
+
+def numbers(values):
+    return {key: float(value) for key, value in values.items()}
+
+
+def test_keys_and_values_of_a_global_clip():
+    state = after(
+        gradclip_jax.clip_by_global_norm(17.0), GRADS, jax.tree.map(lambda x: x / 100, GRADS), GRADS
+    )
+    seen = metrics(state)
+    assert list(seen) == KEYS
+    assert numbers(seen) == {
+        "grad_norm": 85.0, "clip_limit": 17.0, "clip_factor": pytest.approx(0.2), "clipped": 1.0,
+        "clip_count": 2, "nonfinite_count": 0, "step_count": 3,
+    }  # fmt: skip
+    assert all(np.shape(value) == () for value in seen.values())
+
+
+def test_with_groups_the_norm_is_global_the_factor_smallest_and_clipped_a_fraction():
+    seen = numbers(metrics(after(gradclip_jax.clip_by_norm(42.0), GRADS)))
+    assert seen["grad_norm"] == 85.0
+    assert seen["clip_factor"] == 0.5
+    assert seen["clip_limit"] == 42.0
+    assert seen["clipped"] == 0.5
+    assert seen["clip_count"] == 1
+
+
+def test_each_group_is_keyed_by_its_path():
+    seen = numbers(metrics(after(gradclip_jax.clip_by_norm(42.0), GRADS), per_group=True))
+    assert seen["grad_norm/encoder/w"] == 13.0
+    assert seen["grad_norm/head"] == 84.0
+    assert seen["clip_factor/head"] == 0.5
+    assert seen["clip_limit/encoder/w"] == 42.0
+    labels = {"encoder": "body", "head": "head"}
+    grouped = after(gradclip_jax.clip_by_group_norm(42.0, labels), GRADS)
+    assert numbers(metrics(grouped, per_group=True))["grad_norm/body"] == 13.0
+
+
+def test_units_are_summed_up_for_each_array():
+    seen = numbers(metrics(after(gradclip_jax.clip_by_unit_norm(6.0), GRADS), per_group=True))
+    assert seen["grad_norm/encoder/w"] == 13.0
+    assert seen["clip_factor/encoder/w"] == 0.5
+    assert seen["clipped"] == pytest.approx(2 / 3)
+
+
+def test_a_single_group_has_no_entries_of_its_own():
+    state = after(gradclip_jax.clip_by_global_norm(1.0), GRADS)
+    assert list(metrics(state, per_group=True)) == KEYS
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda clip: optax.chain(clip, optax.sgd(0.1)),
+        lambda clip: optax.chain(optax.trace(0.9), optax.chain(clip, optax.scale(-1.0))),
+        lambda clip: optax.MultiSteps(optax.chain(clip, optax.sgd(0.1)), 1),
+        lambda clip: optax.apply_if_finite(optax.chain(clip, optax.sgd(0.1)), 5),
+        lambda clip: optax.masked(clip, True),
+        lambda clip: optax.partition({"a": clip}, "a"),
+        lambda clip: optax.named_chain(("clip", clip), ("sgd", optax.sgd(0.1))),
+    ],
+)
+def test_a_clip_is_found_anywhere(wrap, standard_promotion):
+    seen = metrics(after(wrap(gradclip_jax.clip_by_global_norm(17.0)), GRADS))
+    assert float(seen["grad_norm"]) == 85.0
+
+
+def test_a_clip_is_found_under_injected_hyperparameters():
+    make = optax.inject_hyperparams(gradclip_jax.clip_by_global_norm)
+    assert float(metrics(after(make(max_norm=17.0), GRADS))["grad_norm"]) == 85.0
+
+
+@pytest.mark.parametrize("make", [gradclip_jax.clip_by_global_norm, gradclip_jax.clip_by_norm])
+def test_a_clip_is_found_in_an_nnx_optimizer(make, standard_promotion):
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.chain(make(1.0), optax.adam(1e-3)), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        grads = nnx.grad(lambda model: (model(x) ** 2).sum())(model)
+        optimizer.update(model, grads)
+        return metrics(optimizer.opt_state, per_group=True)
+
+    inside = step(model, optimizer, jnp.ones((4, 2)))
+    outside = metrics(optimizer, per_group=True)
+    assert numbers(inside) == pytest.approx(numbers(outside))
+    assert outside["grad_norm"] > 1
+    assert int(outside["step_count"]) == 1
+    if make is gradclip_jax.clip_by_norm:
+        assert {"grad_norm/kernel", "grad_norm/bias"} <= set(outside)
+
+
+def test_several_clips_are_numbered_in_the_order_of_the_chain():
+    chain = optax.chain(gradclip_jax.clip_by_value(42.0), gradclip_jax.clip_by_global_norm(1.0))
+    seen = numbers(metrics(after(chain, GRADS)))
+    assert list(seen) == KEYS + [f"{key}_2" for key in KEYS]
+    assert seen["grad_norm"] == 84.0
+    assert seen["grad_norm_2"] == pytest.approx(np.hypot(13, 42))
+
+
+def test_what_a_guard_zeroed_is_counted_with_what_the_clip_did():
+    broken = {**GRADS, "head": jnp.array([jnp.nan])}
+    chain = optax.chain(gradclip_jax.zero_nonfinite(), gradclip_jax.clip_by_global_norm(1.0))
+    seen = numbers(metrics(after(chain, broken, GRADS, broken)))
+    assert seen["nonfinite_count"] == 2
+    assert seen["grad_norm"] == 13.0
+    assert numbers(metrics(after(gradclip_jax.zero_nonfinite(), broken))) == {
+        "nonfinite_count": 1, "step_count": 1,
+    }  # fmt: skip
+
+
+def test_a_state_without_a_clip_raises(standard_promotion):
+    with pytest.raises(
+        ValueError, match="`opt_state` must hold the state of a clip; there is none"
+    ):
+        metrics(optax.adam(1e-3).init(GRADS))
+
+
+def test_the_global_norm_of_groups_does_not_overflow():
+    huge = jax.tree.map(lambda x: x * 1e30, GRADS)
+    assert float(
+        metrics(after(gradclip_jax.clip_by_norm(1.0), huge))["grad_norm"]
+    ) == pytest.approx(85e30)
+
+
+def test_metrics_run_inside_scan():
+    clip = gradclip_jax.clip_by_norm(42.0)
+
+    def body(state, scale):
+        _, state = clip.update(jax.tree.map(lambda x: x * scale, GRADS), state)
+        return state, metrics(state)["grad_norm"]
+
+    _, norms = jax.lax.scan(body, clip.init(GRADS), jnp.array([1.0, 2.0, 3.0]))
+    np.testing.assert_allclose(norms, [85.0, 170.0, 255.0])
