@@ -1,0 +1,362 @@
+"""Train a recurrent language model with a clipped gradient, and see what the clip does.
+
+    python examples/language_model.py --compare --out demo
+
+trains the same network twice on the prose that Python ships, with the clip and without it, and
+ends in a table and a plot. Every strategy of `gradclip_jax` and every optimizer of optax can be
+chosen by name. A run that is killed continues bit for bit when the same command is given again.
+
+The recipe is that of Zaremba, Sutskever, Vinyals 2014, "Recurrent neural network regularization",
+https://arxiv.org/abs/1409.2329: truncated back-propagation through time with the state carried
+over, the loss summed over the unrolled steps, the gradient limited to a norm of 5.
+"""
+
+import argparse
+import ast
+import difflib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from lm.data import Corpus, InputError, WittenBell, load_corpus, segments
+from lm.model import CELLS, LanguageModel, sample, score, train_step
+from lm.run import (
+    SCALARS,
+    Checkpoints,
+    History,
+    Result,
+    board,
+    console,
+    finished,
+    progress,
+    report,
+    restore,
+    write_json,
+)
+
+import gradclip_jax
+
+# Scalars stay on the device for this many steps: fetching each at once would stall a fast one.
+FETCH_EVERY = 20
+# Where a run lies and how often it is saved do not change its numbers; the text is compared by
+# its digest.
+NOT_COMPARED = {"out", "cache", "data", "checkpoint_every", "compare"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; bad input ends in one line on stderr and exit status 2."""
+    parser = command_line()
+    args = parser.parse_args(argv)
+    try:
+        check_sizes(args)
+        names = [args.clip, "none"] if args.compare else [args.clip]
+        if len(set(names)) < len(names):
+            raise InputError("`--compare` needs a strategy as `--clip`, got 'none'.")
+        for name in names:
+            build_optimizer(args, name, steps=1)
+        corpus = load_corpus(args.data, args.level, args.vocabulary, args.cache)
+        check_corpus(corpus, args)
+        baselines = score_baselines(corpus)
+        results = []
+        for name in names:
+            out = args.out / name if args.compare else args.out
+            results.append(train(args, name, corpus, out))
+    except InputError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        console.print(f"Stopped. The same command continues from the last checkpoint in {args.out}")
+        return 130
+    report(results, baselines, args.out)
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="language_model.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", type=Path, help="text file, or directory with train, valid and test files")
+    add("--level", choices=["char", "word"], default="char")
+    add("--vocabulary", type=int, default=10_000, help="tokens kept; the others are <unk>")
+    add("--cell", choices=list(CELLS), default="lstm")
+    add("--layers", type=int, default=1)
+    add("--units", type=int, default=256)
+    add("--dropout", type=float, default=0.0, help="on all connections that are not recurrent")
+    add("--init-scale", type=float, help="uniform initial weights, default 1 / sqrt(units)")
+    add("--forget-bias", type=float, default=1.0, help="added to the LSTM's bias; 0 in Zaremba")
+    add("--batch", type=int, default=32, help="parallel streams")
+    add("--unroll", type=int, default=50, help="steps of back-propagation through time")
+    add("--epochs", type=int, default=1)
+    add("--steps", type=int, help="optimizer steps, instead of --epochs")
+    add("--optimizer", default="sgd", help="any optax optimizer by name")
+    add("--optimizer-arg", action="append", default=[], metavar="KEY=VALUE")
+    # 0.3 with momentum 0.9 is a step of 3: with the limit of 5 the network learns at once,
+    # without it the first steps throw it where it does not come back from.
+    add("--learning-rate", type=float, default=0.3)
+    add("--momentum", type=float, default=0.9, help="of --optimizer sgd")
+    add("--decay-from", type=float, default=0.5, metavar="FRACTION",
+        help="part of the run after which the learning rate falls linearly to 0")  # fmt: skip
+    add("--clip", default="clip_by_global_norm", help="any strategy of gradclip_jax, or none")
+    add("--max-norm", type=float, help="first argument of the strategy; 5 where it must have one")
+    add("--clip-arg", action="append", default=[], metavar="KEY=VALUE")
+    add("--mean-loss", action="store_true",
+        help="average the loss over the unrolled steps; default: their sum, "
+        "averaged over the batch, so that a norm of 5 means what it does in Zaremba")  # fmt: skip
+    add("--cotangent-limit", type=float,
+        help="clip the gradient of the state by value at each time step (Graves 2013)")  # fmt: skip
+    add("--eval-streams", type=int, help="parallel streams in validation, default --batch")
+    add("--sample", type=int, default=300, help="tokens of text at the end")
+    add("--seed", type=int, default=0)
+    add("--checkpoint-every", type=int, default=200, metavar="STEPS")
+    add("--compare", action="store_true", help="train with the clip and without, and draw both")
+    add("--out", type=Path, default=Path("runs/language_model"), help="directory of the run")
+    add("--cache", type=Path, default=user_cache(), help="directory of the built-in corpus")
+    return parser
+
+
+def user_cache() -> Path:
+    home = {
+        "win32": os.environ.get("LOCALAPPDATA", "~/AppData/Local"),
+        "darwin": "~/Library/Caches",
+    }.get(sys.platform, os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(home).expanduser() / "gradclip_jax"
+
+
+def check_sizes(args: argparse.Namespace) -> None:
+    least = dict.fromkeys(("layers", "units", "batch", "unroll", "epochs", "checkpoint_every"), 1)
+    for name, low in {**least, "steps": 1, "eval_streams": 1, "vocabulary": 2, "sample": 0,
+                      "seed": 0}.items():  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise InputError(f"`--{name.replace('_', '-')}` must be at least {low}, got {value}.")
+    if not 0 <= args.dropout < 1:
+        raise InputError(f"`--dropout` must be at least 0 and below 1, got {args.dropout}.")
+    if not 0 <= args.decay_from <= 1:
+        raise InputError(f"`--decay-from` must lie between 0 and 1, got {args.decay_from}.")
+    for name in ("learning_rate", "init_scale", "cotangent_limit"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"`--{name.replace('_', '-')}` must be positive, got {value}.")
+    if args.data is not None and not args.data.exists():
+        raise InputError(f"`--data` must be a file or a directory that exists, got {args.data}.")
+    if args.out.exists() and not args.out.is_dir():
+        raise InputError(f"`--out` must be a directory, got the file {args.out}.")
+
+
+def check_corpus(corpus: Corpus, args: argparse.Namespace) -> None:
+    needed = args.batch * args.unroll + 1
+    if len(corpus.train) < needed:
+        raise InputError(
+            f"`--data` must hold at least batch × unroll + 1 = {needed} {args.level}s to train on, "
+            f"got {len(corpus.train)}: use more text, or a smaller `--batch` or `--unroll`."
+        )
+    for split in ("valid", "test"):
+        if len(getattr(corpus, split)) < 2:
+            raise InputError(
+                f"`--data` must hold at least 2 {args.level}s for {split}, "
+                f"got {len(getattr(corpus, split))}."
+            )
+
+
+def build_optimizer(
+    args: argparse.Namespace, name: str, steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """The clip `name` in front of the optimizer; refuses names and arguments that do not fit."""
+    start = round(args.decay_from * steps)
+    learning_rate = optax.linear_schedule(args.learning_rate, 0.0, max(steps - start, 1), start)
+    optimizers = {k: f for k, f in vars(optax).items() if _first_parameter(f) == "learning_rate"}
+    clips = {k: f for k, f in vars(gradclip_jax).items() if is_strategy(f)}
+    keywords = _keywords(args.optimizer_arg, "--optimizer-arg")
+    if args.optimizer == "sgd":
+        keywords = {"momentum": args.momentum, **keywords}
+    optimizer = _call("--optimizer", args.optimizer, optimizers, [learning_rate], keywords)
+    if name == "none":
+        # Measures and lets everything pass, so that the plots show what the optimizer saw.
+        clip = gradclip_jax.clip_by_global_norm(math.inf, on_nonfinite="propagate")
+    else:
+        keywords = _keywords(args.clip_arg, "--clip-arg")
+        first = _first_parameter(clips.get(name), without_default=True)
+        limit = 5.0 if args.max_norm is None and first and first not in keywords else args.max_norm
+        clip = _call("--clip", name, clips, [] if limit is None else [limit], keywords)
+    chain = optax.chain(clip, optimizer)
+
+    def one_step(params):
+        _, state = chain.update(params, chain.init(params), params)
+        return gradclip_jax.metrics(state)
+
+    try:  # what only fails in use (a missing `value_fn`) shall fail before anything is written
+        measured = jax.eval_shape(one_step, {"w": jnp.zeros((2, 2)), "b": jnp.zeros(2)})
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"`--clip` {name} and `--optimizer` {args.optimizer} must work on gradients and "
+            f"parameters alone: {_first_line(error)}"
+        ) from None
+    if not measured.keys() >= {*SCALARS[1:], "clip_count"}:
+        raise InputError(f"`--clip` must measure a norm to be logged, got {name}.")
+    return chain
+
+
+def is_strategy(value: Any) -> bool:
+    """A public function that makes a transformation of gradients from numbers."""
+    if not inspect.isfunction(value) or value is gradclip_jax.clip_to_limit:
+        return False
+    returned = inspect.signature(value).return_annotation
+    first = _first_parameter(value)
+    return "GradientTransformation" in str(returned) and first not in ("inner", "optimizer", "clip")
+
+
+def _first_parameter(function: Any, without_default: bool = False) -> str | None:
+    if not inspect.isfunction(function):
+        return None
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            return None
+        has_default = parameter.default is not parameter.empty
+        return None if without_default and has_default else parameter.name
+    return None
+
+
+def _call(option: str, name: str, known: dict[str, Callable], arguments: list, keywords: dict):
+    if name not in known:
+        near = difflib.get_close_matches(name, [*known, "none"], n=3, cutoff=0.4) or sorted(known)
+        raise InputError(
+            f"`{option}` must be a known name, got {name!r}; nearest: {', '.join(near)}."
+        )
+    try:
+        return known[name](*arguments, **keywords)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"`{option}` {name} takes {inspect.signature(known[name])}: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _keywords(pairs: list[str], option: str) -> dict[str, Any]:
+    keywords = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (equals and key.isidentifier()):
+            raise InputError(f"`{option}` must look like key=value, got {pair!r}.")
+        try:
+            keywords[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            # Not a Python value: infinity, a public function (response=smooth), or a word.
+            known = {"inf": math.inf, "nan": math.nan, **vars(gradclip_jax)}
+            keywords[key] = known.get(value, value)
+    return keywords
+
+
+def score_baselines(corpus: Corpus) -> dict[str, dict[str, float]]:
+    """What counting alone achieves; the highest order is the one to beat."""
+    orders = (1, 3, 5) if corpus.level == "char" else (1, 2, 3)
+    grams = {n: WittenBell(corpus.train, n, len(corpus.vocabulary)) for n in orders}
+    return {
+        f"{n}-gram": {split: gram.nats(getattr(corpus, split)) for split in ("valid", "test")}
+        for n, gram in grams.items()
+    }
+
+
+def train(args: argparse.Namespace, clip: str, corpus: Corpus, out: Path) -> Result:
+    """One run, from its last checkpoint if there is one, to its test score."""
+    per_epoch = (len(corpus.train) - 1) // (args.batch * args.unroll)
+    steps = args.steps or args.epochs * per_epoch
+    config = {key: value for key, value in vars(args).items() if key not in NOT_COMPARED}
+    config |= {"clip": clip, "corpus": corpus.digest}
+    if (result := finished(out, config)) is not None:
+        console.print(f"The run in {out} is finished; reporting it again.")
+        return result
+
+    model = LanguageModel(
+        len(corpus.vocabulary), args.cell, args.layers, args.units, args.dropout,
+        scale=args.init_scale, forget_bias=args.forget_bias, cotangent_limit=args.cotangent_limit,
+        rngs=nnx.Rngs(args.seed),
+    )  # fmt: skip
+    optimizer = nnx.Optimizer(model, build_optimizer(args, clip, steps), wrt=nnx.Param)
+    streams = args.eval_streams or args.batch
+    valid = list(segments(corpus.valid, streams, args.unroll))
+    # Whole pieces only: the network shall not learn the padding.
+    whole = corpus.train[: per_epoch * args.batch * args.unroll + 1]
+    pieces = list(segments(whole, args.batch, args.unroll))
+
+    # Before anything is written: a checkpoint that does not fit stops the run here.
+    state = (nnx.state((model, optimizer)), model.start(args.batch))
+    history: History = {name: [] for name in (*SCALARS, "valid")}
+    step, (variables, carry), history = restore(out, state, history)
+    nnx.update((model, optimizer), variables)
+    write_json(out / "config.json", config)
+
+    title = f"{args.cell} · {clip}"
+    tokens = args.batch * args.unroll
+    pending: list[dict[str, jax.Array]] = []
+    with (
+        Checkpoints(out) as checkpoints,
+        board(out, step) as writer,
+        progress(title, steps, step, tokens) as show,
+    ):
+        while step < steps:
+            inputs, targets, _ = pieces[step % per_epoch]
+            if step % per_epoch == 0:
+                carry = model.start(args.batch)
+            carry, scalars = train_step(
+                model, optimizer, carry, inputs, targets, mean_loss=args.mean_loss
+            )
+            pending.append({name: scalars[name] for name in SCALARS})
+            step += 1
+            ends = step % per_epoch == 0 or step == steps
+            saves = step % args.checkpoint_every == 0 or step == steps
+            if ends or saves or step % FETCH_EVERY == 0:
+                for at, row in enumerate(jax.device_get(pending), start=step - len(pending) + 1):
+                    for name, value in row.items():
+                        history[name].append(float(value))
+                        writer.add_scalar(name, float(value), at)
+                pending.clear()
+                show(step, history)
+            if ends:
+                history["valid"].append([step, score(model, valid, streams)])
+                writer.add_scalar("valid_loss", history["valid"][-1][1], step)
+            if saves:
+                writer.flush()
+                state = (nnx.state((model, optimizer)), carry)
+                checkpoints.save(step, state, history)
+            lost = bool(history["loss"]) and not math.isfinite(history["loss"][-1])
+            if clip == "none" and step % FETCH_EVERY == 0 and lost:
+                break  # what is not finite has reached the parameters, and nothing brings it back
+
+    counts = gradclip_jax.metrics(optimizer.opt_state)
+    first = corpus.vocabulary.index("\n") if "\n" in corpus.vocabulary else 0
+    drawn = sample(model, jnp.int32(first), jax.random.key(args.seed), length=args.sample)
+    result = Result(
+        clip=clip,
+        level=args.level,
+        steps=step,
+        test=score(model, segments(corpus.test, streams, args.unroll), streams),
+        clip_count=int(counts["clip_count"]),
+        nonfinite_count=int(counts["nonfinite_count"]),
+        text=corpus.text(np.asarray(drawn)),
+        history=history,
+    )
+    write_json(out / "result.json", result._asdict())
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the language-model examples share: the text (`data`) and the network (`model`)."""

@@ -1,0 +1,306 @@
+"""What a run leaves behind: checkpoints that continue it bit for bit, scalars, table and plot."""
+
+import contextlib
+import json
+import logging
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from tensorboardX import SummaryWriter
+
+from .data import InputError, write_atomically
+
+SCALARS = ("loss", "grad_norm", "clip_limit", "clip_factor", "clipped")
+RECENT = 100  # steps over which the progress line averages
+PLAIN_LINE_SECONDS = 10.0  # between two lines where there is no terminal to draw a bar on
+History = dict[str, list]
+# Orbax warns of every checkpoint that is only read, and tensorboardX of every loss that is NaN.
+for name in ("absl", "tensorboardX.x2num"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+console = Console(soft_wrap=True, highlight=False)
+
+
+class Result(NamedTuple):
+    """A finished run; losses are nats per token."""
+
+    clip: str
+    level: str
+    steps: int
+    test: float
+    clip_count: int
+    nonfinite_count: int
+    text: str
+    history: History
+
+    @property
+    def valid(self) -> list[float]:
+        """The validation loss after each epoch; NaN for a run that ended before one was over."""
+        return [loss for _, loss in self.history["valid"]] or [math.nan]
+
+    def diverged(self, unigram: float) -> bool:
+        """Whether training made it worse, to the end; a run too short to learn did not diverge.
+
+        A loss was not finite, or it rose to twice the first one (that of a network that knows
+        nothing) and ended above that of knowing only how frequent each token is.
+        """
+        losses = self.history["loss"]
+        if not all(map(math.isfinite, [*losses, self.valid[-1]])):
+            return True
+        return max(losses) > 2 * losses[0] and self.valid[-1] > unigram
+
+
+def finished(out: Path, config: dict[str, Any]) -> Result | None:
+    """The result in `out` if its run is over; refuses a directory of another run."""
+    if not (out / "config.json").exists():
+        if _steps(out):
+            raise InputError(f"`--out` must hold the config.json of its checkpoints, got {out}.")
+        return None
+    saved = _read_json(out / "config.json")
+    config = json.loads(json.dumps(config))
+    different = [
+        f"{key} {saved.get(key)!r} (now {config.get(key)!r})"
+        for key in sorted({*saved, *config})
+        if saved.get(key) != config.get(key)
+    ]
+    if different:
+        raise InputError(
+            f"`--out` must be a new directory or that of the same run, got {out}, whose run has "
+            f"{', '.join(different)}: give another `--out`, or the options of that run."
+        )
+    if not (out / "result.json").exists():
+        return None
+    try:
+        return Result(**_read_json(out / "result.json"))
+    except TypeError as error:
+        raise InputError(f"`--out` must hold a complete result.json, got {out}: {error}.") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise InputError(
+            f"`--out` must hold readable files, got {file}: {error}. Move it away, or give another "
+            f"`--out`."
+        ) from None
+    return content if isinstance(content, dict) else {}
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Writes a file whole or not at all, and its directory where there is none."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(content).encode())
+    except OSError as error:
+        raise InputError(
+            f"`--out` must be a directory that can be written, got {file.parent}: {error.strerror}."
+        ) from None
+
+
+def _steps(out: Path) -> list[int]:
+    folder = out / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _pack(state: Any) -> np.ndarray:
+    # One array of bytes: of many arrays read at once, orbax reports a damaged one in as many
+    # tracebacks as there are others. The copy outlives a donation.
+    leaves = [_plain(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+    return np.frombuffer(b"".join(leaves), np.uint8)
+
+
+def _plain(leaf: jax.Array) -> np.ndarray:
+    # Keys of random numbers are saved as the integers they are.
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
+def _is_key(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _unpack(packed: np.ndarray, state: Any) -> Any:
+    leaves, tree = jax.tree.flatten(state)
+    plain = [_plain(leaf) for leaf in leaves]
+    ends = np.cumsum([leaf.nbytes for leaf in plain])
+    if len(packed) != ends[-1]:
+        raise ValueError(f"it holds {len(packed)} bytes, this run needs {ends[-1]}")
+    arrays = [
+        jnp.array(part.view(old.dtype).reshape(old.shape))
+        for part, old in zip(np.split(packed, ends[:-1]), plain, strict=True)
+    ]
+    keyed = [
+        jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if _is_key(old) else new
+        for new, old in zip(arrays, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, keyed)
+
+
+def _digest(packed: np.ndarray, history: History) -> int:
+    # Compression alone does not notice every flipped bit.
+    return zlib.crc32(packed.tobytes(), zlib.crc32(json.dumps(history).encode()))
+
+
+class Checkpoints:
+    """The two latest states of a run, each written whole or not at all.
+
+    A state is a tree of arrays that holds all that the next step depends on: parameters, optimizer
+    and clip, random numbers, the state carried along, and with the step the place in the text.
+    """
+
+    def __init__(self, out: Path):
+        self.folder = (out / "checkpoints").absolute()
+        # Saving takes milliseconds at this size; in the background it would race with donation.
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.manager.close()
+
+    def save(self, step: int, state: Any, history: History) -> None:
+        packed = _pack(state)
+        log = {"history": history, "digest": _digest(packed, history)}
+        items = ocp.args.Composite(state=ocp.args.ArraySave(packed), log=ocp.args.JsonSave(log))
+        self.manager.save(step, args=items)
+
+
+def restore(out: Path, state: Any, history: History) -> tuple[int, Any, History]:
+    """Step, state and history of the last checkpoint in `out`, or 0 and what was given."""
+    if not _steps(out):
+        return 0, state, history
+    folder, steps = (out / "checkpoints").absolute(), [0]
+    as_bytes = ocp.RestoreArgs(restore_type=np.ndarray)
+    items = ocp.args.Composite(
+        state=ocp.args.ArrayRestore(restore_args=as_bytes), log=ocp.args.JsonRestore()
+    )
+    try:
+        options = ocp.CheckpointManagerOptions(read_only=True)
+        with ocp.CheckpointManager(folder, options=options) as manager:
+            if not (steps := sorted(manager.all_steps())):  # one that was never finished
+                return 0, state, history
+            saved = manager.restore(steps[-1], args=items)
+        if saved.log["digest"] != _digest(saved.state, saved.log["history"]):
+            raise ValueError("the checksum differs")
+        return steps[-1], _unpack(saved.state, state), saved.log["history"]
+    except Exception as error:  # a damaged file fails in many ways, all with the same remedy
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+        raise InputError(
+            f"`--out` must hold checkpoints that can be read, got {folder / str(steps[-1])}: "
+            f"{reason}. Nothing was changed; move that directory away to continue from "
+            f"{f'step {steps[-2]}' if steps[:-1] else 'the start'}, or give another `--out`."
+        ) from error
+
+
+@contextlib.contextmanager
+def board(out: Path, step: int) -> Iterator[SummaryWriter]:
+    """TensorBoard scalars in `out`; what lies beyond `step` belongs to a run that was killed."""
+    with SummaryWriter(str(out), purge_step=step + 1) as writer:
+        yield writer
+
+
+@contextlib.contextmanager
+def progress(title: str, steps: int, step: int, tokens: int) -> Iterator[Callable[..., None]]:
+    """A function of step and history that shows where the run is; `tokens` go into each step."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[line]}"),
+    )  # fmt: skip
+    first, start, last_line = step, time.monotonic(), time.monotonic()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        task = bars.add_task(title, total=steps, completed=step, line="")
+
+        def show(step: int, history: History) -> None:
+            nonlocal last_line
+            recent = {name: np.mean(history[name][-RECENT:]) for name in SCALARS}
+            speed = (step - first) * tokens / (time.monotonic() - start)
+            line = (
+                f"loss {recent['loss']:.3f}  {speed:,.0f} tokens/s  "
+                f"norm {recent['grad_norm']:.3g}  clipped {recent['clipped']:.0%}"
+            )
+            bars.update(task, completed=step, line=line)
+            due = time.monotonic() - last_line > PLAIN_LINE_SECONDS or step == steps
+            if not console.is_terminal and due:
+                console.print(f"{title}  {step}/{steps}  {line}")
+                last_line = time.monotonic()
+
+        yield show
+
+
+def in_units(nats: float, level: str) -> float:
+    """Bits per character, or perplexity per word."""
+    if level == "char":
+        return nats / math.log(2)
+    return math.exp(nats) if nats < 700 else math.inf  # float64 ends at exp(709)
+
+
+def report(results: list[Result], baselines: dict[str, dict[str, float]], out: Path) -> None:
+    """Samples and table on the screen, the plot in `out`."""
+    level = results[0].level
+    for result in results:
+        if result.text:
+            console.rule(f"text from {result.clip}")
+            console.print(result.text, markup=False)
+    unit = "bits per character" if level == "char" else "perplexity"
+    table = Table(title=unit, box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in ("", "valid", "best", "test", "max norm", "clip rate", "diverged"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
+    for result in results:
+        scores = (result.valid[-1], min(result.valid), result.test)
+        norms = result.history["grad_norm"]
+        table.add_row(
+            result.clip,
+            *(f"{in_units(nats, level):.4g}" for nats in scores),
+            f"{np.max(norms):.2g}",
+            f"{result.clip_count / len(norms):.0%}",
+            "yes" if result.diverged(baselines["1-gram"]["valid"]) else "no",
+        )
+    for name, nats in baselines.items():
+        valid, test = (f"{in_units(nats[split], level):.4g}" for split in ("valid", "test"))
+        table.add_row(name, valid, valid, test, "", "", "")
+    console.print(table)
+    picture = out / ("compare.png" if len(results) > 1 else "run.png")
+    draw(results, baselines, picture)
+    console.print(f"Plot: {picture}\nScalars: tensorboard --logdir {out}")
+
+
+def draw(results: list[Result], baselines: dict[str, dict[str, float]], picture: Path) -> None:
+    """Loss and validation above, gradient norm and its limit below, one colour for each run."""
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    level = results[0].level
+    scale = math.log(2) if level == "char" else 1.0
+    for number, result in enumerate(results):
+        colour, history = f"C{number}", result.history
+        steps = np.arange(1, len(history["loss"]) + 1)
+        above.plot(steps, np.array(history["loss"]) / scale, colour, lw=0.8, label=result.clip)
+        if history["valid"]:
+            at, losses = zip(*history["valid"], strict=True)
+            above.plot(at, np.array(losses) / scale, colour, marker="o", ls="",
+                       label=f"{result.clip}, validation")  # fmt: skip
+        below.plot(steps, history["grad_norm"], colour, lw=0.8, label=result.clip)
+        limit = np.array(history["clip_limit"])
+        if np.isfinite(limit).any():
+            below.plot(steps, limit, colour, ls="--", label=f"limit of {result.clip}")
+    for style, (name, nats) in zip((":", "-.", "--"), baselines.items(), strict=True):
+        above.axhline(nats["valid"] / scale, color="grey", ls=style, label=name)
+    above.set(yscale="log", ylabel="bits per character" if level == "char" else "nats per word")
+    below.set(yscale="log", ylabel="gradient norm before the clip", xlabel="step")
+    for axes in (above, below):
+        axes.legend(fontsize="small")
+    figure.savefig(picture, dpi=120)

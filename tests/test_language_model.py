@@ -1,0 +1,600 @@
+"""The example trains on any text, says what is wrong with bad input, and survives being killed."""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tensorboardX.proto import event_pb2
+
+import gradclip_jax
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import language_model  # noqa: E402
+from lm import data, model as lm_model, run as lm_run  # noqa: E402
+
+WORDS = [
+    "the",
+    "norm",
+    "of",
+    "a",
+    "gradient",
+    "is",
+    "held",
+    "to",
+    "its",
+    "limit",
+    "at",
+    "each",
+    "step",
+]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """About 5,000 characters in 100 lines."""
+    drawn = np.random.default_rng(0).choice(WORDS, (100, 10))
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(" ".join(line) for line in drawn) + "\n")
+    return file
+
+
+def options(text: Path, *more: str, steps: int = 3) -> list[str]:
+    """A command that takes a second; the run lies beside the text."""
+    sizes = ["--units", "8", "--batch", "4", "--unroll", "5", "--sample", "20"]
+    places = ["--data", str(text), "--out", str(text.parent / "run")]
+    return [*places, "--cache", str(text.parent / "cache"), *sizes, "--steps", str(steps), *more]
+
+
+def result_of(out: Path) -> dict:
+    return json.loads((out / "result.json").read_text())
+
+
+def digest_of_checkpoint(out: Path, step: int) -> int:
+    """Of every array in it, parameters and clip state included, and of the loss curve."""
+    return json.loads((out / "checkpoints" / str(step) / "log" / "metadata").read_text())["digest"]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """The one line with which a command is refused."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        language_model.main(arguments)
+    line = capsys.readouterr().err
+    assert end.value.code == 2
+    assert line.startswith("language_model.py: error: ")
+    assert line.count("\n") == 1
+    return line
+
+
+# Training
+
+
+@pytest.mark.parametrize("level", ["char", "word"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_three_steps_of_every_cell_leave_scores_and_a_plot(text, capsys, cell, level):
+    assert language_model.main(options(text, "--cell", cell, "--level", level)) == 0
+    result = result_of(text.parent / "run")
+    assert len(result["history"]["loss"]) == result["steps"] == 3
+    assert np.isfinite(result["history"]["loss"] + result["history"]["grad_norm"]).all()
+    assert np.isfinite(result["test"])
+    assert (text.parent / "run" / "run.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert ("bits per character" if level == "char" else "perplexity") in shown
+    assert ("5-gram" if level == "char" else "3-gram") in shown
+    assert "3/3  loss" in shown
+
+
+def test_it_learns_a_text_that_repeats(text):
+    text.write_text("abcdefgh" * 200)
+    assert language_model.main(options(text, "--learning-rate", "0.1", steps=150)) == 0
+    (at, loss), *_ = result_of(text.parent / "run")["history"]["valid"][-1:]
+    assert at == 150
+    assert loss < 0.5 * np.log(8)
+
+
+def test_a_second_epoch_starts_the_text_and_the_state_again(text, monkeypatch):
+    text.write_text("abcdefgh" * 8)  # 57 of 64 characters: 2 pieces of 4 × 5, and a rest
+    seen = []
+    step = language_model.train_step
+
+    def spy(model, optimizer, carry, inputs, targets, *, mean_loss):
+        seen.append((inputs.tolist(), float(np.abs(carry[0][0]).sum())))
+        return step(model, optimizer, carry, inputs, targets, mean_loss=mean_loss)
+
+    monkeypatch.setattr(language_model, "train_step", spy)
+    assert language_model.main(options(text, steps=4)) == 0
+    texts, states = zip(*seen, strict=True)
+    assert texts[0] == texts[2] != texts[1] == texts[3]
+    assert states[0] == states[2] == 0
+    assert min(states[1], states[3]) > 0
+
+
+def test_the_limit_and_other_arguments_reach_the_strategy(text):
+    more = ["--clip", "clip_by_global_norm", "--max-norm", "0.25", "--clip-arg", "order=1"]
+    assert language_model.main(options(text, *more)) == 0
+    history = result_of(text.parent / "run")["history"]
+    assert history["clip_limit"] == [0.25] * 3
+    assert history["clipped"] == [1.0] * 3
+    factors = np.divide(history["clip_limit"], history["grad_norm"])
+    np.testing.assert_allclose(history["clip_factor"], factors, rtol=1e-6)
+
+
+def test_without_a_clip_the_norm_is_still_measured(text):
+    assert language_model.main(options(text, "--clip", "none")) == 0
+    history = result_of(text.parent / "run")["history"]
+    assert min(history["grad_norm"]) > 0
+    assert history["clip_factor"] == [1.0] * 3
+    assert history["clip_limit"] == [np.inf] * 3
+
+
+def test_optimizers_of_all_kinds_can_stand_behind_strategies_of_all_kinds(standard_promotion):
+    for clip in ("clip_by_norm", "clip_by_value", "clip_by_unit_norm", "adaptive_grad_clip"):
+        for optimizer in ("sgd", "adam", "rmsprop", "lion"):
+            arguments = ["--clip", clip, "--optimizer", optimizer]
+            args = language_model.command_line().parse_args(arguments)
+            chain = language_model.build_optimizer(args, clip, steps=10)
+            params = {"w": jnp.ones((2, 2))}
+            updates, state = jax.jit(chain.update)(params, chain.init(params), params)
+            assert float(jnp.abs(updates["w"]).max()) > 0
+            assert float(gradclip_jax.metrics(state)["grad_norm"]) > 0
+
+
+def test_the_loss_is_summed_over_time_unless_its_mean_is_asked_for(text):
+    base = options(text, "--max-norm", "inf", steps=1)
+    assert language_model.main(base) == 0
+    mean = [*base, "--mean-loss", "--out", str(text.parent / "mean")]
+    assert language_model.main(mean) == 0
+    one, other = (result_of(text.parent / name)["history"] for name in ("run", "mean"))
+    assert one["loss"] == other["loss"]
+    np.testing.assert_allclose(one["grad_norm"][0], 5 * other["grad_norm"][0], rtol=1e-5)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_without_a_clip(text):
+    more = ["--clip", "none", "--learning-rate", "1e38", "--momentum", "0"]
+    assert language_model.main(options(text, *more, steps=60)) == 0
+    result = result_of(text.parent / "run")
+    assert result["steps"] == 20
+    assert not np.isfinite(result["history"]["loss"][-1])
+
+
+def test_a_clip_goes_on_after_a_loss_that_is_no_number(text):
+    more = ["--learning-rate", "1e38", "--momentum", "0", "--decay-from", "1"]
+    assert language_model.main(options(text, *more, steps=30)) == 0
+    result = result_of(text.parent / "run")
+    assert result["steps"] == 30
+    assert not np.isfinite(result["history"]["loss"][-1])
+    assert result["nonfinite_count"] > 0
+
+
+def test_compare_draws_both_runs_and_says_which_one_diverged(text, capsys):
+    more = ["--compare", "--learning-rate", "1000", "--max-norm", "1e-4", "--decay-from", "1"]
+    assert language_model.main(options(text, *more, steps=10)) == 0
+    out = text.parent / "run"
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+    rows = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    table = {name: cells for name, *cells in rows}
+    assert table["clip_by_global_norm"][4:] == ["100%", "no"]
+    assert table["none"][4:] == ["0%", "yes"]
+    assert {"1-gram", "3-gram", "5-gram"} < table.keys()
+    clipped, free = (result_of(out / name)["history"] for name in ("clip_by_global_norm", "none"))
+    assert clipped["loss"][0] == free["loss"][0]  # the same weights saw the same text
+    assert clipped["loss"][-1] < free["loss"][-1]
+
+
+def test_the_event_file_holds_every_scalar_of_every_step(text):
+    assert language_model.main(options(text)) == 0
+    (file,) = (text.parent / "run").glob("events.out.tfevents.*")
+    content, scalars = file.read_bytes(), {}
+    while content:  # a record: length, checksum, event, checksum
+        (length,) = struct.unpack("<Q", content[:8])
+        event = vars(event_pb2)["Event"].FromString(content[12 : 12 + length])
+        for value in event.summary.value:
+            scalars.setdefault(value.tag, []).append((event.step, value.simple_value))
+        content = content[16 + length :]
+    history = result_of(text.parent / "run")["history"]
+    for name in lm_run.SCALARS:
+        assert scalars[name] == [(i + 1, value) for i, value in enumerate(history[name])]
+    assert [step for step, _ in scalars["valid_loss"]] == [3]
+
+
+# Checkpoints
+
+
+def interrupt_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, left = language_model.train_step, [calls]
+
+    def limited(*args, **kwargs):
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(language_model, "train_step", limited)
+
+
+def test_an_interrupted_run_continues_bit_for_bit(text, monkeypatch):
+    text.write_text(
+        text.read_text()[:140]
+    )  # 6 pieces: the second epoch begins after the interruption's checkpoint
+    more = ["--dropout", "0.3", "--checkpoint-every", "4", "--max-norm", "1"]
+    whole = [*options(text, *more, steps=9), "--out", str(text.parent / "whole")]
+    assert language_model.main(whole) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(7, patch)  # the checkpoint is of step 4: three steps are done again
+        assert language_model.main(options(text, *more, steps=9)) == 130
+    run = text.parent / "run"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["4"]
+    assert not (run / "result.json").exists()
+    assert language_model.main(options(text, *more, steps=9)) == 0
+    assert result_of(run) == result_of(text.parent / "whole")
+    assert 0 < result_of(run)["clip_count"] <= 9
+    assert digest_of_checkpoint(run, 9) == digest_of_checkpoint(text.parent / "whole", 9)
+
+
+def test_a_killed_process_continues_bit_for_bit(text):
+    more = ["--dropout", "0.3", "--checkpoint-every", "10"]
+    command = options(text, *more, steps=80)
+    script = str(EXAMPLES / "language_model.py")
+    # The package as this process found it, wherever that is.
+    package = str(Path(gradclip_jax.__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, script, *command],
+        env={**os.environ, "PYTHONPATH": package},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    run = text.parent / "run"
+    while process.poll() is None and not (run / "checkpoints" / "20").exists():
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (run / "result.json").exists()
+    assert language_model.main(command) == 0
+    assert language_model.main([*command, "--out", str(text.parent / "whole")]) == 0
+    assert result_of(run) == result_of(text.parent / "whole")
+    assert digest_of_checkpoint(run, 80) == digest_of_checkpoint(text.parent / "whole", 80)
+
+
+def test_a_finished_run_is_reported_again_and_left_alone(text, capsys):
+    assert language_model.main(options(text)) == 0
+    first = capsys.readouterr().out
+    before = contents(text.parent / "run")
+    assert language_model.main(options(text)) == 0
+    again = capsys.readouterr().out
+    assert "is finished" in again
+    assert first[first.index("bits per character") :] in again
+    assert contents(text.parent / "run") == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbled", "log"])
+def test_a_damaged_checkpoint_is_named_and_kept(text, capsys, damage):
+    assert language_model.main(options(text, "--checkpoint-every", "2")) == 0
+    run = text.parent / "run"
+    (run / "result.json").unlink()  # as if it had been killed just before the end
+    checkpoint = run / "checkpoints" / "3"
+    if damage == "log":
+        log = checkpoint / "log" / "metadata"
+        log.write_text(log.read_text().replace('"loss": [', '"loss": [1'))
+    else:
+        files = (path for path in checkpoint.rglob("*") if path.is_file())
+        arrays = max(files, key=lambda file: file.stat().st_size)
+        content = arrays.read_bytes()
+        middle = len(content) // 2
+        garbled = content[:middle] + bytes(b ^ 255 for b in content[middle:])
+        arrays.write_bytes(content[:middle] if damage == "truncated" else garbled)
+    before = contents(run)
+    line = refusal(capsys, options(text, "--checkpoint-every", "2"))
+    assert str(checkpoint) in line
+    assert "move that directory away to continue from step 2" in line
+    assert contents(run) == before
+    checkpoint.rename(text.parent / "away")
+    assert language_model.main(options(text, "--checkpoint-every", "2")) == 0
+
+
+def test_a_directory_of_another_run_is_refused_with_what_differs(text, capsys):
+    assert language_model.main(options(text)) == 0
+    run = text.parent / "run"
+    before = contents(run)
+    line = refusal(capsys, options(text, "--units", "16", "--clip", "none"))
+    assert "units 8 (now 16)" in line
+    assert "clip 'clip_by_global_norm' (now 'none')" in line
+    assert str(run) in line
+    text.write_text(text.read_text().upper())
+    assert "corpus" in refusal(capsys, options(text))
+    assert contents(run) == before
+
+
+def test_a_garbled_configuration_is_named(text, capsys):
+    assert language_model.main(options(text)) == 0
+    config = text.parent / "run" / "config.json"
+    config.write_text(config.read_text()[:-9])
+    assert str(config) in refusal(capsys, options(text))
+    config.unlink()
+    assert "must hold the config.json" in refusal(capsys, options(text))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--units", "0"], "`--units` must be at least 1, got 0."),
+        (["--layers", "-1"], "`--layers` must be at least 1, got -1."),
+        (["--batch", "0"], "`--batch` must be at least 1, got 0."),
+        (["--unroll", "0"], "`--unroll` must be at least 1, got 0."),
+        (["--epochs", "0"], "`--epochs` must be at least 1, got 0."),
+        (["--steps", "0"], "`--steps` must be at least 1, got 0."),
+        (["--checkpoint-every", "0"], "`--checkpoint-every` must be at least 1, got 0."),
+        (["--vocabulary", "1"], "`--vocabulary` must be at least 2, got 1."),
+        (["--dropout", "1"], "`--dropout` must be at least 0 and below 1, got 1.0."),
+        (["--learning-rate", "nan"], "`--learning-rate` must be positive, got nan."),
+        (["--cotangent-limit", "0"], "`--cotangent-limit` must be positive, got 0.0."),
+        (["--unroll", "x"], "argument --unroll: invalid int value: 'x'"),
+        (["--clip", "clip_by_globl_norm"], "nearest: clip_by_global_norm"),
+        (["--clip", "clip_cotangent"], "`--clip` must be a known name, got 'clip_cotangent'"),
+        (["--clip", "clip_to_limit"], "`--clip` must be a known name, got 'clip_to_limit'"),
+        (["--clip", "clip_by_group_norm"], "missing 1 required positional argument: 'labels'"),
+        (["--clip", "zero_nonfinite"], "`--clip` must measure a norm to be logged"),
+        (["--optimizer", "adm"], "nearest: adam"),
+        (["--optimizer", "lbfgs"], "must work on gradients and parameters alone"),
+        (["--max-norm", "-1"], "`max_norm` must be non-negative, got -1.0."),
+        (["--max-norm", "nan"], "`max_norm`"),
+        (["--clip-arg", "order"], "`--clip-arg` must look like key=value, got 'order'."),
+        (["--clip-arg", "ordr=1"], "unexpected keyword argument 'ordr'"),
+        (["--optimizer-arg", "momentm=1"], "unexpected keyword argument 'momentm'"),
+        (["--compare", "--clip", "none"], "`--compare` needs a strategy as `--clip`, got 'none'."),
+        (["--batch", "2000"], "must hold at least batch × unroll + 1 = 10001 chars to train on"),
+        (["--data", "no/such/file"], "`--data` must be a file or a directory that exists, got no/"),
+    ],
+)
+def test_a_bad_argument_is_refused_in_one_line(text, capsys, arguments, expected):
+    assert expected in refusal(capsys, options(text, *arguments))
+    assert sorted(path.name for path in text.parent.iterdir()) == ["text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "`--data` must hold text, got the empty file"),
+        (b" \n\n", "`--data` must hold text, got the empty file"),
+        (b"caf\xe9 au lait" * 50, "`--data` must be UTF-8 text, got"),
+        (b"too short", "`--data` must hold at least batch × unroll + 1 = 21 chars to train on"),
+    ],
+)
+def test_a_bad_text_is_refused_in_one_line(text, capsys, content, expected):
+    text.write_bytes(content)
+    assert expected in refusal(capsys, options(text))
+    assert sorted(path.name for path in text.parent.iterdir()) == ["text.txt"]
+
+
+def test_a_directory_without_the_three_files_is_refused(text, capsys):
+    folder = text.parent / "splits"
+    folder.mkdir()
+    (folder / "ptb.train.txt").write_text(text.read_text())
+    (folder / "ptb.test.txt").write_text(text.read_text())
+    line = refusal(capsys, options(text, "--data", str(folder)))
+    assert "one file named after each of train, valid and test" in line
+    assert "0 for valid" in line
+    (folder / "ptb.valid.txt").write_text("x")
+    line = refusal(capsys, options(text, "--data", str(folder)))
+    assert "`--data` must hold at least 2 chars for valid, got 1." in line
+    assert not (text.parent / "run").exists()
+
+
+def test_an_output_that_is_a_file_is_refused_and_kept(text, capsys):
+    line = refusal(capsys, options(text, "--out", str(text)))
+    assert f"`--out` must be a directory, got the file {text}." in line
+    assert len(text.read_text()) > 1000
+
+
+# Text
+
+
+def test_segments_are_contiguous_streams_and_every_token_but_the_first_is_a_target_once():
+    pieces = list(data.segments(np.arange(23, dtype=np.int32), batch=2, unroll=5))
+    assert [piece[0].shape for piece in pieces] == [(5, 2)] * 3
+    inputs, targets, weights = (np.concatenate(part) for part in zip(*pieces, strict=True))
+    np.testing.assert_array_equal(inputs[:, 0], np.arange(15))
+    np.testing.assert_array_equal(inputs[:7, 1], np.arange(15, 22))
+    np.testing.assert_array_equal(targets[weights == 1], (inputs + 1)[weights == 1])
+    assert sorted(targets[weights == 1]) == list(range(1, 23))
+
+
+def test_a_single_text_is_split_in_its_own_order(text):
+    corpus = data.load_corpus(text, "char", 100, text.parent)
+    splits = (corpus.train, corpus.valid, corpus.test)
+    assert "".join(map(corpus.text, splits)) == text.read_text()
+    sizes = [len(split) / len(text.read_text()) for split in splits]
+    np.testing.assert_allclose(sizes, [0.90, 0.05, 0.05], atol=0.001)
+
+
+def test_rare_and_unseen_words_are_unknown_and_lines_end(tmp_path):
+    (tmp_path / "a.train.txt").write_text("b a <unk> b\nb a it's\n")
+    (tmp_path / "a.valid.txt").write_text("a new b\n")
+    (tmp_path / "a.test.txt").write_text("b\n")
+    corpus = data.load_corpus(tmp_path, "word", 4, tmp_path)
+    assert corpus.vocabulary == ["<unk>", "b", "<eos>", "a"]
+    assert corpus.train.tolist() == [1, 3, 0, 1, 2, 1, 3, 0, 2]
+    assert corpus.valid.tolist() == [3, 0, 1, 2]
+    assert corpus.text(corpus.train) == "b a <unk> b\nb a <unk> <eos>"
+
+
+def test_words_of_plain_text_stand_apart_from_punctuation():
+    tokens = data.tokenise("Clip, then step.\n", "word", r"\w+|[^\w\s]")
+    assert tokens == ["Clip", ",", "then", "step", ".", "<eos>"]
+
+
+def test_the_digest_tells_one_text_from_another(text):
+    one = data.load_corpus(text, "char", 100, text.parent).digest
+    assert one == data.load_corpus(text, "char", 100, text.parent).digest
+    assert one != data.load_corpus(text, "word", 100, text.parent).digest
+    text.write_text(text.read_text().replace("norm", "morn"))
+    assert one != data.load_corpus(text, "char", 100, text.parent).digest
+
+
+def test_prose_is_read_without_running_code_each_paragraph_once(tmp_path):
+    library = tmp_path / "library"
+    (library / "test").mkdir(parents=True)
+    prose = "A sentence of prose that\n    goes on here."
+    (library / "a.py").write_text(
+        f'"""{prose}\n\n    >>> f(1, 2, 3, 4, 5)\n    1.\n"""\nraise OSError'
+    )
+    (library / "b.py").write_text(
+        f'def f():\n    """{prose}\n\n    x = [[0, 1], [2, 3], [4, 5]].\n    """'
+    )
+    (library / "c.py").write_text("this is } not Python")
+    (library / "test" / "d.py").write_text('"""Tests are no prose, so this is left out."""')
+    expected = "A sentence of prose that goes on here."
+    assert data.python_prose(tmp_path / "cache", library) == expected
+    (cached,) = (tmp_path / "cache").iterdir()
+    assert cached.read_text() == expected
+    assert data.python_prose(tmp_path / "cache") == expected  # not the library: the cache
+
+
+def test_the_built_in_corpus_is_english_and_the_same_from_the_cache(tmp_path):
+    corpus = data.load_corpus(None, "char", 10_000, tmp_path)
+    assert len(corpus.train) > 1_000_000
+    assert len(corpus.vocabulary) < 100
+    assert corpus.digest == data.load_corpus(None, "char", 10_000, tmp_path).digest
+    assert 1.5 < data.WittenBell(corpus.train, 5, 100).nats(corpus.valid) / np.log(2) < 2.5
+
+
+def test_an_unwritable_cache_costs_only_time(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "a.py").write_text('"""One sentence of English prose is enough."""')
+    prose = data.python_prose(tmp_path / "file" / "cache", tmp_path)
+    assert prose == "One sentence of English prose is enough."
+    assert "not cached" in capsys.readouterr().err
+
+
+# The n-gram
+
+
+def test_a_bigram_gives_the_probabilities_worked_out_by_hand():
+    # Counts 3, 2, 1 of 6 tokens and 3 types: unigrams (c + 3 · 1/3) / 9.
+    # After 0 come 1, 1 and 2, which are 2 types: (c + 2 · unigram) / 5.
+    bigram = data.WittenBell(np.array([0, 1, 0, 1, 0, 2]), 2, 3)
+    after_0 = [bigram.probabilities(np.array([0, w]))[0] for w in range(3)]
+    np.testing.assert_allclose(after_0, [8 / 45, 24 / 45, 13 / 45], rtol=1e-12)
+    after_2 = [bigram.probabilities(np.array([2, w]))[0] for w in range(3)]  # 2 had no successor
+    np.testing.assert_allclose(after_2, [4 / 9, 3 / 9, 2 / 9], rtol=1e-12)
+
+
+@pytest.mark.parametrize("order", [1, 3, 5])
+def test_the_probabilities_of_all_tokens_sum_to_one(order):
+    rng = np.random.default_rng(order)
+    gram = data.WittenBell(rng.zipf(1.5, 2000) % 7, order, 8)  # the token 7 never occurs
+    for context in rng.integers(0, 8, (20, order)):
+        total = sum(gram.probabilities(np.append(context, w))[-1] for w in range(8))
+        assert total == pytest.approx(1, rel=1e-12)
+
+
+def test_a_gram_with_too_many_contexts_is_refused():
+    with pytest.raises(data.InputError, match=r"below 2 \*\* 63, got 10000 \*\* 5"):
+        data.WittenBell(np.arange(9), 5, 10_000)
+
+
+# The network
+
+
+def network(**options) -> lm_model.LanguageModel:
+    defaults = {"cell": "lstm", "layers": 2, "units": 8, "dropout": 0.0, "rngs": nnx.Rngs(0)}
+    return lm_model.LanguageModel(11, **{**defaults, **options})
+
+
+TOKENS = np.random.default_rng(0).integers(0, 11, 101).astype(np.int32)
+
+
+def test_a_network_that_knows_nothing_scores_the_log_of_the_vocabulary():
+    model = network()
+    model.output[...] = jnp.zeros_like(model.output[...])
+    nats = lm_model.score(model, data.segments(TOKENS, 4, 7), 4)
+    assert nats == pytest.approx(np.log(11), rel=1e-6)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_the_state_carried_over_makes_pieces_equal_to_the_whole(cell):
+    model = network(cell=cell)
+    whole = lm_model.score(model, data.segments(TOKENS, 1, 100), 1)
+    pieces = lm_model.score(model, data.segments(TOKENS, 1, 20), 1)
+    assert pieces == pytest.approx(whole, rel=1e-6)
+    forgetful = np.mean([
+        lm_model.score(model, data.segments(TOKENS[at : at + 21], 1, 20), 1)
+        for at in range(0, 100, 20)
+    ])  # fmt: skip
+    assert abs(forgetful - whole) > 1e-5
+
+
+def test_an_lstm_step_is_that_of_flax():
+    cell = nnx.OptimizedLSTMCell(8, 8, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    h, c, x = (jnp.asarray(rng.normal(size=(3, 8)), jnp.float32) for _ in range(3))
+    (new_c, new_h), _ = cell((c, h), x)
+    # Flax keeps the bias with the recurrent weights, in the same order of gates: i, f, g, o.
+    assert cell.dense_h.bias is not None
+    inputs = x @ cell.dense_i.kernel[...] + cell.dense_h.bias[...]
+    ours = lm_model.lstm_step(inputs, (h, c), cell.dense_h.kernel[...])
+    np.testing.assert_allclose(ours, (new_h, new_c), rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_draws_anew_in_training_and_never_in_validation():
+    model = network(dropout=0.5)
+    tokens = jnp.asarray(TOKENS[:20].reshape(5, 4))
+    first, second = (model(tokens, model.start(4), deterministic=False)[0] for _ in range(2))
+    assert float(jnp.abs(first - second).max()) > 1e-3
+    first, second = (model(tokens, model.start(4), deterministic=True)[0] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_the_cotangent_limit_acts_at_every_time_step_and_only_backwards():
+    tokens = jnp.asarray(TOKENS[:80].reshape(20, 4))
+    gradients, logits = {}, {}
+    for limit in (None, 1e-8):
+        model = network(cell="rnn", layers=1, cotangent_limit=limit)
+
+        def loss(model):
+            logits, _ = model(tokens, model.start(4), deterministic=True)
+            return logits.sum(), logits
+
+        grads, logits[limit] = nnx.grad(loss, has_aux=True)(model)
+        gradients[limit] = float(jnp.abs(grads["layers"][0]["recurrent"][...]).max())
+    np.testing.assert_array_equal(logits[None], logits[1e-8])
+    assert gradients[None] > 1e-2
+    # 20 steps × 4 streams, each with a state of at most 1 and a cotangent of at most 1e-8.
+    assert 0 < gradients[1e-8] <= 80 * 1e-8
+
+
+def test_a_sample_is_text_of_the_length_asked_for():
+    drawn = lm_model.sample(network(), jnp.int32(0), jax.random.key(0), length=50)
+    assert drawn.shape == (50,)
+    assert 0 <= int(drawn.min()) <= int(drawn.max()) < 11
+    assert len(set(drawn.tolist())) > 3
+
+
+def test_the_help_explains_which_loss_a_norm_of_5_belongs_to(capsys):
+    with pytest.raises(SystemExit) as end:
+        language_model.main(["--help"])
+    assert end.value.code == 0
+    assert "Zaremba" in capsys.readouterr().out
+    assert isinstance(language_model.command_line(), argparse.ArgumentParser)
