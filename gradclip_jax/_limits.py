@@ -140,8 +140,8 @@ def _filled(value: Any, norm: jax.Array) -> jax.Array:
     if isinstance(value, int | float) and value > float(jnp.finfo(norm.dtype).max):
         value = math.inf
     value = jnp.asarray(value).astype(norm.dtype)
-    # `value >= 0` is false for NaN too.
-    return jnp.broadcast_to(jnp.where(value >= 0, value, 0), norm.shape)
+    # `value > 0` is false for NaN too, and makes 0 of -0, by which a norm must not be divided.
+    return jnp.broadcast_to(jnp.where(value > 0, value, 0), norm.shape)
 
 
 def _joined(join: Callable[..., jax.Array], a: Limit | Threshold, b: Limit | Threshold) -> Limit:

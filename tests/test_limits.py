@@ -46,6 +46,11 @@ def test_a_scheduled_limit_below_zero_or_nan_counts_as_zero():
     assert limits_of(constant(lambda count: jnp.nan), [1.0])[0] == [0.0]
 
 
+def test_minus_zero_is_zero():
+    (limit,), _ = limits_of(constant(-0.0), [1.0])
+    assert np.copysign(1.0, limit) == 1.0
+
+
 def test_a_number_beyond_float32_is_infinite():
     assert limits_of(constant(1e300), [1.0])[0] == [np.inf]
 

@@ -108,7 +108,6 @@ def test_bfloat16_sums_do_not_stop_growing():
     """In bfloat16 the running sum of ones stops at 256: a norm of 16 for any number of leaves."""
     ones = [jnp.ones(1, jnp.bfloat16)] * 1200
     assert float(global_norm(ones)) == pytest.approx(np.sqrt(1200), rel=1e-6)
-    assert float(jax.jit(global_norm)(ones)) == pytest.approx(np.sqrt(1200), rel=1e-6)
 
 
 def test_integer_overflow_does_not_enter():
