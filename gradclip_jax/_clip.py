@@ -234,34 +234,54 @@ def hold(
             f"{jax.tree.structure(_plain(norms))}, the state has "
             f"{jax.tree.structure(state.grad_norm)}."
         )
-    packed = stack(flat)
+    leaves, tree = jax.tree.flatten(updates)
+    index = spread(treedef.unflatten(range(len(flat))), updates)
+    held = [i for i, leaf in enumerate(leaves) if is_gradient(leaf) and index[i] is not None]
+    arrays, clip_limits, clip_factors, flags = _held(
+        [leaves[i] for i in held],
+        flat,
+        list(limits),
+        index=tuple(index[i] for i in held),
+        response=response,
+        on_nonfinite=on_nonfinite,
+    )
+    for i, array in zip(held, arrays, strict=True):
+        leaves[i] = array
+    if any(norm.ndim for norm in flat):
+        # Units may be split over devices, so that each device knows of its own alone.
+        flags = any_device(flags, axis_name)
+    return tree.unflatten(leaves), record(
+        state,
+        _plain(norms),
+        _plain(treedef.unflatten(clip_limits)),
+        _plain(treedef.unflatten(clip_factors)),
+        clipped=flags[0],
+        nonfinite=flags[1],
+        limit_state=limit_state,
+    )
+
+
+# Called eagerly this is one cached program for each tree structure; inside a trace it inlines.
+@functools.partial(jax.jit, static_argnames=("index", "response", "on_nonfinite"), inline=True)
+def _held(leaves, norms, limits, *, index, response, on_nonfinite):
+    """Held leaves, the limit and factor of each norm, and whether any was clipped or not finite."""
+    packed = stack(norms)
     limits = [varying_like(limit, norm) for limit, norm in zip(limits, packed, strict=True)]
     finite = [jnp.isfinite(norm) for norm in packed]
     nonfinite_factor = jnp.nan if on_nonfinite == "propagate" else 0.0
-    first, second = [], []
+    first, second, clipped = [], [], []
     for norm, limit, is_finite in zip(packed, limits, finite, strict=True):
         factor, power = factors(norm, limit, response)
         first.append(jnp.where(is_finite, factor, nonfinite_factor).astype(norm.dtype))
         second.append(power)
-
-    count = len(flat)
+        clipped.append(jnp.any(is_finite & (norm > limit)))
+    count = len(norms)
     of_norm = [unstack(parts, count) for parts in (first, second, finite)]
-    updates = _rescaled(updates, treedef.unflatten(range(count)), of_norm, on_nonfinite)
-
-    triples = list(zip(packed, limits, finite, strict=True))
-    clipped = _any([jnp.any(ok & (norm > limit)) for norm, limit, ok in triples])
-    nonfinite = _any([jnp.any(~ok) for ok in finite])
-    if any(norm.ndim for norm in flat):
-        # Units may be split over devices, so that each device knows of its own alone.
-        clipped, nonfinite = any_device(jnp.stack([clipped, nonfinite]), axis_name)
-
-    def shaped(parts: Any) -> Any:
-        return _plain(treedef.unflatten(unstack(parts, count)))
-
-    factor = shaped([f * power for f, power in zip(first, second, strict=True)])
-    return updates, record(
-        state, _plain(norms), shaped(limits), factor, clipped, nonfinite, limit_state
-    )
+    of_leaf = [[parts[i] for i in index] for parts in of_norm]
+    flags = jnp.stack([_any(clipped), _any([jnp.any(~ok) for ok in finite])])
+    whole = [one * power for one, power in zip(first, second, strict=True)]
+    leaves = rescale(leaves, *of_leaf, on_nonfinite=on_nonfinite)
+    return leaves, unstack(limits, count), unstack(whole, count), flags
 
 
 def record(
@@ -269,6 +289,7 @@ def record(
     grad_norm: Any,
     clip_limit: Any,
     clip_factor: Any,
+    *,
     clipped: jax.Array,
     nonfinite: jax.Array,
     limit_state: Any,
@@ -283,17 +304,6 @@ def record(
         step_count=counted(state.step_count, True),
         limit_state=limit_state,
     )
-
-
-def _rescaled(updates: Any, index_of_norm: Any, of_norm: Any, on_nonfinite: OnNonfinite) -> Any:
-    leaves, treedef = jax.tree.flatten(updates)
-    indices = spread(index_of_norm, updates)
-    scaled = [i for i, leaf in enumerate(leaves) if is_gradient(leaf) and indices[i] is not None]
-    of_leaf = [[parts[indices[i]] for i in scaled] for parts in of_norm]
-    arrays = [jnp.asarray(leaves[i]) for i in scaled]
-    for i, leaf in zip(scaled, rescale(arrays, *of_leaf, on_nonfinite=on_nonfinite), strict=True):
-        leaves[i] = leaf
-    return treedef.unflatten(leaves)
 
 
 def _is_scalar(norms: Any) -> bool:

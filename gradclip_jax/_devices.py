@@ -53,24 +53,27 @@ def per_leaf(axis_name: AxisName, tree: Any) -> list[Any]:
         return [(axis_name,)] * count
     if isinstance(axis_name, tuple | list) and all(isinstance(name, str) for name in axis_name):
         return [tuple(axis_name)] * count
-    specs, treedef = jax.tree.flatten(axis_name, is_leaf=_is_spec)
-    if not all(_is_spec(spec) for spec in specs):
+    if not all(_is_spec(spec) for spec in jax.tree.leaves(axis_name, is_leaf=_is_spec)):
         raise ValueError(
             "`axis_name` must be a name, names, or a prefix pytree of PartitionSpecs, "
             f"got {axis_name!r}."
         )
+    rule = "`axis_name` must be a prefix pytree of the updates"
+    specs = of_leaves(axis_name, tree, rule, is_leaf=_is_spec)
+    return [PartitionSpec() if spec is None else spec for spec in specs]
+
+
+def of_leaves(
+    prefix: Any, tree: Any, rule: str, is_leaf: Callable[[Any], bool] | None = None
+) -> list[Any]:
+    """For every leaf of `tree` the entry of `prefix`, a prefix of it, that covers the leaf."""
+    entries, treedef = jax.tree.flatten(prefix, is_leaf=is_leaf)
     try:
         subtrees = treedef.flatten_up_to(tree)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"`axis_name` must be a prefix pytree of the updates, got {axis_name!r}: {error}"
-        ) from error
-    given = zip(specs, subtrees, strict=True)
-    return [
-        PartitionSpec() if spec is None else spec
-        for spec, subtree in given
-        for _ in jax.tree.leaves(subtree)
-    ]
+        raise ValueError(f"{rule}: {error}") from error
+    pairs = zip(entries, subtrees, strict=True)
+    return [entry for entry, subtree in pairs for _ in jax.tree.leaves(subtree)]
 
 
 def of_pair(axis_name: AxisName) -> AxisName:

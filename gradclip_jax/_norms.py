@@ -17,6 +17,7 @@ from ._devices import (
     AxisName,
     axis_size,
     beside,
+    of_leaves,
     path_name,
     per_leaf,
     reduced_axes,
@@ -183,26 +184,14 @@ def spread(norms: Any, tree: Any) -> list[Any]:
     """Give every leaf of `tree` the entry of `norms`, a prefix of it, that covers the leaf."""
     if isinstance(norms, GroupNorms):
         return [norms.get(label) for label in norms.labels]
-    entries, treedef = jax.tree.flatten(norms, is_leaf=lambda x: x is None)
-    try:
-        subtrees = treedef.flatten_up_to(tree)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"`measure` must return norms whose tree is a prefix of the updates: {error}"
-        ) from error
-    pairs = zip(entries, subtrees, strict=True)
-    return [entry for entry, subtree in pairs for _ in jax.tree.leaves(subtree)]
+    rule = "`measure` must return norms whose tree is a prefix of the updates"
+    return of_leaves(norms, tree, rule, is_leaf=lambda x: x is None)
 
 
 def leaf_labels(labels: Any, tree: Any) -> tuple[Any, ...]:
     """The label of every leaf of `tree`, from a prefix pytree of labels or a callable."""
-    entries, treedef = jax.tree.flatten(labels(tree) if callable(labels) else labels)
-    try:
-        subtrees = treedef.flatten_up_to(tree)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"`labels` must cover the tree of the updates: {error}") from error
-    pairs = zip(entries, subtrees, strict=True)
-    return tuple(entry for entry, subtree in pairs for _ in jax.tree.leaves(subtree))
+    given = labels(tree) if callable(labels) else labels
+    return tuple(of_leaves(given, tree, "`labels` must cover the tree of the updates"))
 
 
 def is_gradient(leaf: Any) -> bool:

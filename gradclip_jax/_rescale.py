@@ -1,6 +1,5 @@
 """Responses, from norm and limit to a factor; and the only place where a gradient is multiplied."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -138,8 +137,6 @@ def factors(norm: jax.Array, limit: jax.Array, response: Response) -> tuple[jax.
     return jnp.where(down | up, response(norm * power, limit), once), power
 
 
-# Called eagerly this is one cached program for each tree structure; inside a trace it inlines.
-@functools.partial(jax.jit, static_argnames=("on_nonfinite",), inline=True)
 def rescale(
     leaves: Sequence[jax.Array],
     first: Sequence[jax.Array],

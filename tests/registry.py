@@ -1,10 +1,12 @@
 """All strategies, each with what a reference in NumPy needs to know of it.
 
-A new strategy is tested by the laws as soon as it stands here.
+A new strategy is tested by the laws as soon as it stands here. To see what the laws say of optax:
+`CLIP_LIBRARY=optax python -m pytest tests/test_laws.py`.
 """
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+import pytest
 
 import gradclip_jax
 from gradclip_jax._strategies.adaptive_grad_clip import nfnets_axes
@@ -129,7 +132,7 @@ def responding(response: Any) -> Callable[..., optax.GradientTransformationExtra
     return functools.partial(gradclip_jax.clip_by_global_norm, response=response)
 
 
-STRATEGIES = [
+OURS = [
     Strategy("clip_by_global_norm", gradclip_jax.clip_by_global_norm, everything),
     *(
         Strategy(
@@ -189,6 +192,61 @@ STRATEGIES = [
     Strategy("clip_by_value", gradclip_jax.clip_by_value, elements, argument="limit"),
     Strategy("clip_by_value[pair]", between, elements, argument="upper"),
 ]
+
+
+def of_optax(make: Callable[..., optax.GradientTransformation], bound: str) -> Any:
+    """A clip of optax behind the signature of ours; what it has no argument for is skipped."""
+
+    def build(limit: Any, **options: Any) -> optax.GradientTransformationExtraArgs:
+        if options:
+            pytest.skip(f"optax has no {', '.join(options)}")
+        if limit is None:
+            pytest.skip("optax has no None for no limit")
+        if callable(limit):
+            make_scheduled = optax.inject_hyperparams(make)
+            return optax.with_extra_args_support(make_scheduled(**{bound: limit}))
+        return optax.with_extra_args_support(make(**{bound: limit}))
+
+    return build
+
+
+OF_OPTAX = [
+    Strategy("clip_by_global_norm", of_optax(optax.clip_by_global_norm, "max_norm"), everything),
+    Strategy("clip", of_optax(optax.clip, "max_delta"), elements, argument="max_delta"),
+    Strategy(
+        "clip_by_block_rms",
+        of_optax(optax.clip_by_block_rms, "threshold"),
+        leaves,
+        argument="threshold",
+        limit=lambda t, elements, params: t * np.sqrt(elements.size),
+    ),
+    Strategy(
+        "adaptive_grad_clip",
+        of_optax(optax.adaptive_grad_clip, "clipping"),
+        functools.partial(units, axes=lambda leaf: nfnets_axes("", leaf)),
+        argument="clipping",
+        limit=lambda t, elements, params: t * max(np.linalg.norm(wide(params)), 1e-3),
+        units=True,
+    ),
+    Strategy(
+        "normalize_by_update_norm",
+        of_optax(optax.normalize_by_update_norm, "scale_factor"),
+        everything,
+        argument="scale_factor",
+        enlarges=True,
+        changes_below=True,
+    ),
+]
+
+LIBRARY = os.environ.get("CLIP_LIBRARY", "gradclip_jax")
+STRATEGIES = {"gradclip_jax": OURS, "optax": OF_OPTAX}[LIBRARY]
+
+
+def seen(state: Any) -> dict[str, jax.Array]:
+    """The metrics of a state; the end of a law where a library keeps none."""
+    if LIBRARY == "optax":
+        pytest.skip("optax keeps no norm")
+    return gradclip_jax.metrics(state)
 
 
 def public_strategies() -> list[str]:

@@ -27,21 +27,7 @@ sys.path.insert(0, str(EXAMPLES))
 import language_model  # noqa: E402
 from lm import data, model as lm_model, run as lm_run  # noqa: E402
 
-WORDS = [
-    "the",
-    "norm",
-    "of",
-    "a",
-    "gradient",
-    "is",
-    "held",
-    "to",
-    "its",
-    "limit",
-    "at",
-    "each",
-    "step",
-]
+WORDS = ["the", "norm", "of", "a", "gradient", "is", "held", "to", "its", "limit", "at", "each"]
 
 
 @pytest.fixture

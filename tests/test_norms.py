@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gradclip_jax import global_norm, group_norms, leaf_norms, unit_norms
+from gradclip_jax import clip_by_norm, global_norm, group_norms, leaf_norms, unit_norms
 from gradclip_jax._norms import spread
 
 ROOT_160 = np.float32(np.sqrt(160.0))
@@ -139,6 +139,18 @@ def test_eager_calls_share_one_compiled_program():
     for scale in (1.0, 2.0, 1e30):
         leaf_norms([jnp.full(7, scale), jnp.full((7, 3), scale)])
     assert _norms_of_groups._cache_size() == before + 1
+
+
+def test_eager_updates_share_one_compiled_program_whatever_the_number_of_leaves():
+    from gradclip_jax._clip import _held
+
+    clip = clip_by_norm(1.0)
+    grads = {str(i): jnp.ones(2) for i in range(100)}
+    before = _held._cache_size()
+    state = clip.init(grads)
+    for _ in range(3):
+        _, state = clip.update(grads, state)
+    assert _held._cache_size() == before + 1
 
 
 def test_the_norm_of_many_ones_is_right_in_float32():

@@ -43,6 +43,26 @@ def test_readme_blocks_run_in_order(capsys, standard_promotion):
         assert printed == promised
 
 
+def test_readme_runs_the_example(tmp_path, monkeypatch, standard_promotion):
+    """The commands that it shows, cut short."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.txt").write_text("the norm of a gradient is held to its limit\n" * 100)
+    language_model = importlib.import_module("language_model")
+    small = ["--steps", "3", "--batch", "4", "--unroll", "5", "--units", "8", "--out", "run"]
+    commands = re.findall(
+        r"^python examples/language_model.py (.*)$", "\n".join(blocks("sh")), re.M
+    )
+    assert len(commands) == 2
+    for command in commands:
+        if command == "--help":
+            with pytest.raises(SystemExit, match="0"):
+                language_model.main([command])
+        else:
+            assert language_model.main([*command.split(), *small]) == 0
+            assert (tmp_path / "run" / "run.png").exists()
+
+
 def test_readme_commands_are_those_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text()
     commands = re.findall(r"^make (\w+)", "\n".join(blocks("sh")), flags=re.MULTILINE)

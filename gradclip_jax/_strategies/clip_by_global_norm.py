@@ -37,8 +37,8 @@ def clip_by_global_norm(
       on_nonfinite: See `clip_to_limit`.
 
     Returns:
-      A transformation with a `ClipState`. With all gradients zero they stay zero; at or below the
-      limit they come out bit for bit.
+      A transformation with a `ClipState`. Zero stays zero; at or below the limit updates come out
+      bit for bit (but XLA may flush to zero what is below the smallest normal number).
 
     Raises:
       ValueError: For a threshold that is negative, NaN, boolean or not a number.

@@ -92,8 +92,15 @@ def clip_by_value(
         )
         finite = jnp.isfinite(norm)
         factor = jnp.where(finite, shrink(norm, bound), fill)
-        clipped = finite & (norm > bound)
-        return held, record(state, norm, bound, factor, clipped, ~finite, (down_state, up_state))
+        return held, record(
+            state,
+            norm,
+            bound,
+            factor,
+            clipped=finite & (norm > bound),
+            nonfinite=~finite,
+            limit_state=(down_state, up_state),
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
