@@ -3,6 +3,7 @@
 What differs between versions of jax about types and memories is in this file and nowhere else.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ from jax.sharding import PartitionSpec
 AxisName = Any
 """None, a name, names, or a prefix pytree of PartitionSpecs: see `reduced_axes`."""
 
-# jax 0.10 and 0.11 call it `compute_on2`, beside a context manager that owned the plain name.
-_computed_on: Callable[..., Any] = getattr(_compute_on, "compute_on2", _compute_on.compute_on)
+# jax 0.10.2 and 0.11 call it `compute_on2`; before, there was only a decorator of that name.
+_computed_on: Any = getattr(_compute_on, "compute_on2", _compute_on.compute_on)
+_only_decorates = "out_memory_spaces" not in inspect.signature(_computed_on).parameters
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -206,6 +208,8 @@ def _in_place(
     if jax.typeof(x).memory_space != host:
         return f(x, *numbers)
     there = [jax.device_put(number, host) for number in numbers]
+    if _only_decorates:
+        return jax.device_put(_computed_on("device_host")(jax.jit(f))(x, *there), space)
     return _computed_on(f, compute_type="device_host", out_memory_spaces=space)(x, *there)
 
 
