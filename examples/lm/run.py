@@ -217,10 +217,13 @@ def board(out: Path, step: int) -> Iterator[SummaryWriter]:
 @contextlib.contextmanager
 def progress(title: str, steps: int, step: int, tokens: int) -> Iterator[Callable[..., None]]:
     """A function of step and history that shows where the run is; `tokens` go into each step."""
+    # A terminal of 80 columns has room for a short bar; the title stands above it.
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[line]}"),
+        BarColumn(bar_width=10), MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True), TextColumn("{task.fields[line]}"),
     )  # fmt: skip
+    if console.is_terminal:
+        console.print(title)
     first, start, last_line = step, time.monotonic(), time.monotonic()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         task = bars.add_task(title, total=steps, completed=step, line="")
