@@ -49,12 +49,10 @@ def types_tell() -> bool:
 def per_leaf(axis_name: AxisName, tree: Any) -> list[Any]:
     """Give every leaf of `tree` its part of `axis_name`: None, a tuple of names, or a spec."""
     count = len(jax.tree.leaves(tree))
-    if axis_name is None or isinstance(axis_name, PartitionSpec):
-        return [axis_name] * count
-    if isinstance(axis_name, str):
-        return [(axis_name,)] * count
-    if isinstance(axis_name, tuple | list) and all(isinstance(name, str) for name in axis_name):
-        return [tuple(axis_name)] * count
+    if axis_name is None:
+        return [None] * count
+    if _is_names(axis_name):
+        return [(axis_name,) if isinstance(axis_name, str) else tuple(axis_name)] * count
     if not all(_is_spec(spec) for spec in jax.tree.leaves(axis_name, is_leaf=_is_spec)):
         raise ValueError(
             "`axis_name` must be a name, names, or a prefix pytree of PartitionSpecs, "
@@ -80,14 +78,7 @@ def of_leaves(
 
 def of_pair(axis_name: AxisName) -> AxisName:
     """The `axis_name` of two trees of one structure that are measured together."""
-    names = (
-        axis_name is None
-        or isinstance(axis_name, str | PartitionSpec)
-        or (
-            isinstance(axis_name, tuple | list) and all(isinstance(name, str) for name in axis_name)
-        )
-    )
-    return axis_name if names else (axis_name, axis_name)
+    return axis_name if axis_name is None or _is_names(axis_name) else (axis_name, axis_name)
 
 
 def reduced_axes(
@@ -110,6 +101,11 @@ def reduced_axes(
         )
     split = varying_axes(x) if checked else frozenset()
     if isinstance(given, PartitionSpec):
+        if unsaid := split - frozenset(_names(given)):
+            raise ValueError(
+                f"`axis_name` must say along which mesh axes `{path}` is split, got {given} for a "
+                f"leaf whose type says that it varies along {sorted(unsaid)} too."
+            )
         entries = given if dims is None else [entry for i, entry in enumerate(given) if i in dims]
         axes = frozenset(_names(entries))
     else:
@@ -211,6 +207,12 @@ def _in_place(
     if _only_decorates:
         return jax.device_put(_computed_on("device_host")(jax.jit(f))(x, *there), space)
     return _computed_on(f, compute_type="device_host", out_memory_spaces=space)(x, *there)
+
+
+def _is_names(axis_name: AxisName) -> bool:
+    return isinstance(axis_name, str) or (
+        isinstance(axis_name, tuple | list) and all(isinstance(name, str) for name in axis_name)
+    )
 
 
 def _is_spec(x: Any) -> bool:

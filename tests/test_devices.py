@@ -267,6 +267,15 @@ def test_a_library_that_cannot_know_refuses_to_guess(run, mesh):
         runs[run](jnp.ones((8, 2)))
 
 
+def test_a_spec_that_the_type_contradicts_raises(mesh):
+    clip = gradclip_jax.clip_by_global_norm(1.0, axis_name=P())
+    step = jax.shard_map(
+        lambda g: clip_once(clip, g, g)[0], mesh=mesh, in_specs=P("data"), out_specs=P("data")
+    )
+    with pytest.raises(ValueError, match=r"`w` is split, got .* varies along \['data'\] too"):
+        step({"w": jnp.ones(8)})
+
+
 def test_averaged_gradients_in_pmap_need_no_axes_and_say_so():
     clip = gradclip_jax.clip_by_global_norm(1.0, axis_name=())
 
