@@ -18,7 +18,7 @@ from ._devices import (
     varying_like,
 )
 from ._limits import Limit, as_limit, observe
-from ._norms import GroupNorms, global_norm, is_gradient, spread, stack, unstack
+from ._norms import GroupNorms, global_norm, is_gradient, spread
 from ._rescale import OnNonfinite, Response, check_on_nonfinite, factors, rescale, shrink
 
 Measure = Callable[..., Any]
@@ -110,7 +110,7 @@ def clip_to_limit(
     def init(params: Any) -> ClipState:
         norms = measured_types(measure, params, axis_name)
         zeros = [filled_like(0.0, kind) for kind in jax.tree.leaves(norms)]
-        return initial_state(norms, tuple(limit.init(norm) for norm in stack(zeros)))
+        return initial_state(norms, tuple(limit.init(norm) for norm in zeros))
 
     def update(updates, state, params=None, *, grad_norm=None, **extra_args):
         del extra_args
@@ -119,11 +119,10 @@ def clip_to_limit(
             norms = known_norm(grad_norm, state.grad_norm)
         else:
             norms = measure(updates, axis_name=axis_name)
+        check_norms(norms, state)
         observed = [
             observe(limit, norm, limit_state)
-            for norm, limit_state in zip(
-                stack(jax.tree.leaves(norms)), state.limit_state, strict=True
-            )
+            for norm, limit_state in zip(jax.tree.leaves(norms), state.limit_state, strict=True)
         ]
         limits, limit_states = zip(*observed, strict=True) if observed else ((), ())
         return hold(updates, norms, limits, state, limit_states, response, on_nonfinite, axis_name)
@@ -206,6 +205,16 @@ def check_trees(updates: Any, params: Any) -> None:
     check_averaged(updates, params)
 
 
+def check_norms(norms: Any, state: ClipState) -> None:
+    """Raise when norms have another structure than those in the state, made by `init`."""
+    measured, known = jax.tree.structure(_plain(norms)), jax.tree.structure(state.grad_norm)
+    if measured != known:
+        raise ValueError(
+            "`updates` must have the structure of the params given to `init`: their norms are "
+            f"{measured}, the state has {known}."
+        )
+
+
 def known_norm(grad_norm: Any, like: jax.Array) -> jax.Array:
     """A norm that the caller measured already, as one of ours."""
     if jnp.shape(grad_norm) != ():
@@ -225,15 +234,10 @@ def hold(
 ) -> tuple[Any, ClipState]:
     """Hold norms to limits: rescale the updates, and write down what was done.
 
-    `limits` are arrays in the arrangement of `stack(leaves of norms)`.
+    `limits` has a limit for each leaf of the norms.
     """
     flat, treedef = jax.tree.flatten(norms)
-    if jax.tree.structure(_plain(norms)) != jax.tree.structure(state.grad_norm):
-        raise ValueError(
-            "`updates` must have the structure of the params given to `init`: their norms are "
-            f"{jax.tree.structure(_plain(norms))}, the state has "
-            f"{jax.tree.structure(state.grad_norm)}."
-        )
+    check_norms(norms, state)
     leaves, tree = jax.tree.flatten(updates)
     index = spread(treedef.unflatten(range(len(flat))), updates)
     held = [i for i, leaf in enumerate(leaves) if is_gradient(leaf) and index[i] is not None]
@@ -265,23 +269,20 @@ def hold(
 @functools.partial(jax.jit, static_argnames=("index", "response", "on_nonfinite"), inline=True)
 def _held(leaves, norms, limits, *, index, response, on_nonfinite):
     """Held leaves, the limit and factor of each norm, and whether any was clipped or not finite."""
-    packed = stack(norms)
-    limits = [varying_like(limit, norm) for limit, norm in zip(limits, packed, strict=True)]
-    finite = [jnp.isfinite(norm) for norm in packed]
+    limits = [varying_like(limit, norm) for limit, norm in zip(limits, norms, strict=True)]
+    finite = [jnp.isfinite(norm) for norm in norms]
     nonfinite_factor = jnp.nan if on_nonfinite == "propagate" else 0.0
     first, second, clipped = [], [], []
-    for norm, limit, is_finite in zip(packed, limits, finite, strict=True):
+    for norm, limit, is_finite in zip(norms, limits, finite, strict=True):
         factor, power = factors(norm, limit, response)
         first.append(jnp.where(is_finite, factor, nonfinite_factor).astype(norm.dtype))
         second.append(power)
         clipped.append(jnp.any(is_finite & (norm > limit)))
-    count = len(norms)
-    of_norm = [unstack(parts, count) for parts in (first, second, finite)]
-    of_leaf = [[parts[i] for i in index] for parts in of_norm]
+    of_leaf = [[parts[i] for i in index] for parts in (first, second, finite)]
     flags = jnp.stack([_any(clipped), _any([jnp.any(~ok) for ok in finite])])
     whole = [one * power for one, power in zip(first, second, strict=True)]
     leaves = rescale(leaves, *of_leaf, on_nonfinite=on_nonfinite)
-    return leaves, unstack(limits, count), unstack(whole, count), flags
+    return leaves, limits, whole, flags
 
 
 def record(

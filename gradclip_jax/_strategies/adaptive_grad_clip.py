@@ -10,7 +10,7 @@ import optax
 from .._clip import check_trees, hold, initial_state, measured_types, named_strategy
 from .._devices import AxisName, of_pair
 from .._limits import Threshold, check_threshold, constant, observe
-from .._norms import Axes, norm_dtype, stack, unit_norms
+from .._norms import Axes, norm_dtype, unit_norms
 from .._rescale import OnNonfinite, check_on_nonfinite
 
 
@@ -89,7 +89,7 @@ def adaptive_grad_clip(
         return hold(
             updates,
             norms,
-            stack(jax.tree.leaves(limits)),
+            jax.tree.leaves(limits),
             state,
             (ratio_state, least_state),
             on_nonfinite=on_nonfinite,

@@ -8,7 +8,7 @@ import optax
 from .._clip import check_trees, hold, initial_state, measured_types, named_strategy
 from .._devices import AxisName
 from .._limits import Threshold, check_threshold, constant, observe
-from .._norms import leaf_norms, leaf_sizes, norm_dtype, stack
+from .._norms import leaf_norms, leaf_sizes, norm_dtype
 from .._rescale import OnNonfinite, check_on_nonfinite
 
 
@@ -59,7 +59,7 @@ def clip_by_block_rms(
         norms = leaf_norms(updates, axis_name=axis_name)
         roots = jax.tree.map(math.sqrt, leaf_sizes(updates, axis_name=axis_name))
         limit, limit_state = observe(rms, jax.numpy.zeros((), norm_dtype()), state.limit_state)
-        limits = stack([limit * root for root in jax.tree.leaves(roots)])
+        limits = [limit * root for root in jax.tree.leaves(roots)]
         return hold(
             updates,
             norms,

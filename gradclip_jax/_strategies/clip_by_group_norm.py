@@ -9,7 +9,7 @@ import optax
 from .._clip import check_trees, clip_to_limit, hold, initial_state, measured_types, named_strategy
 from .._devices import AxisName
 from .._limits import Threshold, check_threshold, constant, observe
-from .._norms import group_norms, stack
+from .._norms import group_norms
 from .._rescale import OnNonfinite, check_on_nonfinite
 
 
@@ -84,7 +84,7 @@ def clip_by_group_norm(
             label: observe(limits[label], norm, state.limit_state[label])
             for label, norm in norms.items()
         }
-        limit_of_label = stack([observed[label][0] for label in norms])
+        limit_of_label = [observed[label][0] for label in norms]
         limit_state = {label: observed[label][1] for label in norms}
         return hold(
             updates,
