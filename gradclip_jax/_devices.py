@@ -100,8 +100,11 @@ def reduced_axes(
             "when all are (after `jax.lax.pmean`)."
         )
     split = varying_axes(x) if checked else frozenset()
+    said = frozenset(_names(given) if isinstance(given, PartitionSpec) else given or ())
+    for axis in sorted(said):
+        _bound_size(axis)
     if isinstance(given, PartitionSpec):
-        if unsaid := split - frozenset(_names(given)):
+        if unsaid := split - said:
             raise ValueError(
                 f"`axis_name` must say along which mesh axes `{path}` is split, got {given} for a "
                 f"leaf whose type says that it varies along {sorted(unsaid)} too."
@@ -109,9 +112,7 @@ def reduced_axes(
         entries = given if dims is None else [entry for i, entry in enumerate(given) if i in dims]
         axes = frozenset(_names(entries))
     else:
-        axes = split if given is None else frozenset(given)
-    for axis in axes:
-        _check_bound(axis)
+        axes = split if given is None else said
     # The caller says where to look; checked types still say what is replicated there.
     axes = axes & split if checked else axes
     if axes and dims is not None and len(x.shape) > 1 and not isinstance(given, PartitionSpec):
@@ -145,7 +146,7 @@ def axis_size(axes: Iterable[str]) -> int:
     """Number of devices along `axes` together."""
     size = 1
     for axis in axes:
-        size *= jax.lax.axis_size(axis)
+        size *= _bound_size(axis)
     return size
 
 
@@ -227,9 +228,9 @@ def _names(spec: Sequence[Any] | PartitionSpec | None) -> Iterable[str]:
             yield from entry
 
 
-def _check_bound(axis: str) -> None:
+def _bound_size(axis: str) -> int:
     try:
-        jax.lax.axis_size(axis)
+        return jax.lax.axis_size(axis)
     except NameError as error:
         raise ValueError(
             f"`axis_name` must name axes that `shard_map`, `pmap` or `vmap` bound here, "

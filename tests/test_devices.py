@@ -291,9 +291,11 @@ def test_averaged_gradients_in_pmap_need_no_axes_and_say_so():
 
 @pytest.mark.parametrize("axis_name", ["nowhere", ("data", "nowhere"), P("nowhere")])
 def test_an_axis_that_is_not_bound_raises(axis_name, mesh):
+    for make in (gradclip_jax.clip_by_global_norm, gradclip_jax.clip_by_unit_norm):
+        clip = make(1.0, axis_name=axis_name)
+        with pytest.raises(ValueError, match=r"`axis_name` must name axes that .* bound here, got"):
+            clip.update(jnp.ones(2), clip.init(jnp.ones(2)))
     clip = gradclip_jax.clip_by_global_norm(1.0, axis_name=axis_name)
-    with pytest.raises(ValueError, match=r"`axis_name` must name axes that .* bound here, got"):
-        clip.update(jnp.ones(2), clip.init(jnp.ones(2)))
     with pytest.raises(ValueError, match=r"`axis_name` must name axes that .* bound here, got 'no"):
         jax.shard_map(
             lambda g: clip_once(clip, g, g)[0], mesh=mesh, in_specs=P("data"), out_specs=P("data")
