@@ -18,7 +18,7 @@ from ._devices import (
     varying_like,
 )
 from ._limits import Limit, as_limit, observe
-from ._norms import GroupNorms, global_norm, is_gradient, spread
+from ._norms import GroupNorms, global_norm, is_gradient, norm_dtype, spread
 from ._rescale import OnNonfinite, Response, check_on_nonfinite, factors, rescale, shrink
 
 Measure = Callable[..., Any]
@@ -191,6 +191,16 @@ def measured_types(measure: Measure, params: Any, axis_name: AxisName) -> Any:
     gradients = jax.tree.map(lambda leaf: leaf if is_gradient(leaf) else None, params)
     along = axis_name if manual_axes() else ()
     return jax.eval_shape(functools.partial(measure, axis_name=along), gradients)
+
+
+def init_threshold(threshold: Limit) -> Any:
+    """The state of a threshold that looks at no norm: a constant or the clock of a schedule."""
+    return threshold.init(jnp.zeros((), norm_dtype()))
+
+
+def read_threshold(threshold: Limit, state: Any) -> tuple[jax.Array, Any]:
+    """The value of such a threshold in this update, a scalar, and its next state."""
+    return observe(threshold, jnp.zeros((), norm_dtype()), state)
 
 
 def check_trees(updates: Any, params: Any) -> None:

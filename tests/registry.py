@@ -109,6 +109,16 @@ def all_but_last(leaf: np.ndarray) -> tuple[int, ...]:
     return tuple(range(leaf.ndim)) if leaf.ndim <= 1 else tuple(range(leaf.ndim - 1))
 
 
+def rms_limit(threshold: float, elements: np.ndarray, params: np.ndarray) -> float:
+    """The norm of as many elements with the root mean square `threshold`."""
+    return threshold * np.sqrt(elements.size)
+
+
+def weight_limit(threshold: float, elements: np.ndarray, params: np.ndarray) -> float:
+    """A fraction of the norm of the weights, or of 1e-3."""
+    return threshold * max(float(np.linalg.norm(wide(params))), 1e-3)
+
+
 def rank_label(tree: Any) -> Any:
     """Labels as in `ranks`."""
     return jax.tree.map(lambda leaf: "matrix" if np.ndim(leaf) > 1 else "vector", tree)
@@ -171,14 +181,14 @@ OURS = [
         gradclip_jax.clip_by_block_rms,
         leaves,
         argument="threshold",
-        limit=lambda t, elements, params: t * np.sqrt(elements.size),
+        limit=rms_limit,
     ),
     Strategy(
         "adaptive_grad_clip",
         gradclip_jax.adaptive_grad_clip,
         functools.partial(units, axes=lambda leaf: nfnets_axes("", leaf)),
         argument="clipping",
-        limit=lambda t, elements, params: t * max(np.linalg.norm(wide(params)), 1e-3),
+        limit=weight_limit,
         units=True,
     ),
     Strategy(
@@ -218,14 +228,14 @@ OF_OPTAX = [
         of_optax(optax.clip_by_block_rms, "threshold"),
         leaves,
         argument="threshold",
-        limit=lambda t, elements, params: t * np.sqrt(elements.size),
+        limit=rms_limit,
     ),
     Strategy(
         "adaptive_grad_clip",
         of_optax(optax.adaptive_grad_clip, "clipping"),
         functools.partial(units, axes=lambda leaf: nfnets_axes("", leaf)),
         argument="clipping",
-        limit=lambda t, elements, params: t * max(np.linalg.norm(wide(params)), 1e-3),
+        limit=weight_limit,
         units=True,
     ),
     Strategy(

@@ -7,10 +7,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._clip import check_trees, hold, initial_state, measured_types, named_strategy
+from .._clip import (
+    check_trees,
+    hold,
+    init_threshold,
+    initial_state,
+    measured_types,
+    named_strategy,
+    read_threshold,
+)
 from .._devices import AxisName, of_pair
-from .._limits import Threshold, check_threshold, constant, observe
-from .._norms import Axes, norm_dtype, unit_norms
+from .._limits import Threshold, check_threshold, constant
+from .._norms import Axes, unit_norms
 from .._rescale import OnNonfinite, check_on_nonfinite
 
 
@@ -69,8 +77,7 @@ def adaptive_grad_clip(
 
     def init(params):
         norms = measured_types(measure, params, axis_name)
-        zero = jnp.zeros((), norm_dtype())
-        return initial_state(norms, (ratio.init(zero), least.init(zero)))
+        return initial_state(norms, (init_threshold(ratio), init_threshold(least)))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -82,9 +89,8 @@ def adaptive_grad_clip(
         check_trees(updates, params)
         # Measured together, they share one collective.
         norms, weights = measure((updates, params), axis_name=of_pair(axis_name))
-        zero = jnp.zeros((), norm_dtype())
-        fraction, ratio_state = observe(ratio, zero, state.limit_state[0])
-        floor, least_state = observe(least, zero, state.limit_state[1])
+        fraction, ratio_state = read_threshold(ratio, state.limit_state[0])
+        floor, least_state = read_threshold(least, state.limit_state[1])
         limits = jax.tree.map(lambda _, w: fraction * jnp.maximum(w, floor), norms, weights)
         return hold(
             updates,

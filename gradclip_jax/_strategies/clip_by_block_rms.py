@@ -5,10 +5,18 @@ import math
 import jax
 import optax
 
-from .._clip import check_trees, hold, initial_state, measured_types, named_strategy
+from .._clip import (
+    check_trees,
+    hold,
+    init_threshold,
+    initial_state,
+    measured_types,
+    named_strategy,
+    read_threshold,
+)
 from .._devices import AxisName
-from .._limits import Threshold, check_threshold, constant, observe
-from .._norms import leaf_norms, leaf_sizes, norm_dtype
+from .._limits import Threshold, check_threshold, constant
+from .._norms import leaf_norms, leaf_sizes
 from .._rescale import OnNonfinite, check_on_nonfinite
 
 
@@ -51,14 +59,14 @@ def clip_by_block_rms(
 
     def init(params):
         norms = measured_types(leaf_norms, params, axis_name)
-        return initial_state(norms, rms.init(jax.numpy.zeros((), norm_dtype())))
+        return initial_state(norms, init_threshold(rms))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
         check_trees(updates, params)
         norms = leaf_norms(updates, axis_name=axis_name)
         roots = jax.tree.map(math.sqrt, leaf_sizes(updates, axis_name=axis_name))
-        limit, limit_state = observe(rms, jax.numpy.zeros((), norm_dtype()), state.limit_state)
+        limit, limit_state = read_threshold(rms, state.limit_state)
         limits = [limit * root for root in jax.tree.leaves(roots)]
         return hold(
             updates,

@@ -7,7 +7,7 @@ from typing import Any
 import optax
 
 from .._clip import check_trees, clip_to_limit, hold, initial_state, measured_types, named_strategy
-from .._devices import AxisName
+from .._devices import AxisName, filled_like
 from .._limits import Threshold, check_threshold, constant, observe
 from .._norms import group_norms
 from .._rescale import OnNonfinite, check_on_nonfinite
@@ -73,8 +73,8 @@ def clip_by_group_norm(
                 "`max_norm` must have a norm for each label and no other: the labels are "
                 f"{sorted(norms, key=str)}, `max_norm` has {sorted(limits, key=str)}."
             )
-        zeros = initial_state(norms, ()).grad_norm
-        return initial_state(norms, {label: limits[label].init(zeros[label]) for label in norms})
+        limit_state = {label: limits[label].init(filled_like(0.0, norms[label])) for label in norms}
+        return initial_state(norms, limit_state)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args

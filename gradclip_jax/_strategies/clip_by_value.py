@@ -7,10 +7,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._clip import check_trees, initial_state, measured_types, named_strategy, record
+from .._clip import (
+    check_trees,
+    init_threshold,
+    initial_state,
+    measured_types,
+    named_strategy,
+    read_threshold,
+    record,
+)
 from .._devices import AxisName, beside, changed_in_place, of_pair
-from .._limits import Threshold, check_threshold, constant, negated, observe
-from .._norms import global_norm, group_norms, is_gradient, norm_dtype, widen
+from .._limits import Threshold, check_threshold, constant, negated
+from .._norms import global_norm, group_norms, is_gradient, widen
 from .._rescale import OnNonfinite, check_on_nonfinite, ratio, shrink
 
 
@@ -72,16 +80,14 @@ def clip_by_value(
         return jnp.where(jnp.isfinite(wide), held, beside(fill, held)).astype(x.dtype)
 
     def init(params):
-        zero = jnp.zeros((), norm_dtype())
         norm = measured_types(functools.partial(global_norm, order=jnp.inf), params, axis_name)
-        return initial_state(norm, (down.init(zero), up.init(zero)))
+        return initial_state(norm, (init_threshold(down), init_threshold(up)))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
         check_trees(updates, params)
-        zero = jnp.zeros((), norm_dtype())
-        low, down_state = observe(down, zero, state.limit_state[0])
-        high, up_state = observe(up, zero, state.limit_state[1])
+        low, down_state = read_threshold(down, state.limit_state[0])
+        high, up_state = read_threshold(up, state.limit_state[1])
         if upper is None:
             norm, bound = global_norm(updates, order=jnp.inf, axis_name=axis_name), high
         else:
@@ -127,5 +133,4 @@ def _side(x: Any, sign: int) -> jax.Array:
             "`upper` must be left out for complex gradients: they are clipped by modulus."
         )
     x = jnp.asarray(x)
-    side = jnp.maximum(x, beside(0, x)) if sign > 0 else -jnp.minimum(x, beside(0, x))
-    return side
+    return jnp.maximum(x, beside(0, x)) if sign > 0 else -jnp.minimum(x, beside(0, x))
