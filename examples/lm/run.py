@@ -64,11 +64,21 @@ class Result(NamedTuple):
 
 def finished(out: Path, config: dict[str, Any]) -> Result | None:
     """The result in `out` if its run is over; refuses a directory of another run."""
+    if (saved := saved_result(out, config)) is None:
+        return None
+    try:
+        return Result(**saved)
+    except TypeError as error:
+        raise InputError(f"`--out` must hold a complete result.json, got {out}: {error}.") from None
+
+
+def saved_result(out: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """What result.json in `out` says, if it is there; refuses a directory of another run."""
     if not (out / "config.json").exists():
-        if _steps(out):
+        if saved_steps(out):
             raise InputError(f"`--out` must hold the config.json of its checkpoints, got {out}.")
         return None
-    saved = _read_json(out / "config.json")
+    saved = read_json(out / "config.json")
     config = json.loads(json.dumps(config))
     different = [
         f"{key} {saved.get(key)!r} (now {config.get(key)!r})"
@@ -80,15 +90,11 @@ def finished(out: Path, config: dict[str, Any]) -> Result | None:
             f"`--out` must be a new directory or that of the same run, got {out}, whose run has "
             f"{', '.join(different)}: give another `--out`, or the options of that run."
         )
-    if not (out / "result.json").exists():
-        return None
-    try:
-        return Result(**_read_json(out / "result.json"))
-    except TypeError as error:
-        raise InputError(f"`--out` must hold a complete result.json, got {out}: {error}.") from None
+    return read_json(out / "result.json") if (out / "result.json").exists() else None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file, refused by its name if it cannot be read."""
     try:
         content = json.loads(file.read_bytes())
     except ValueError as error:
@@ -110,7 +116,8 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
         ) from None
 
 
-def _steps(out: Path) -> list[int]:
+def saved_steps(out: Path) -> list[int]:
+    """The steps that were saved in `out`, as the names of their directories say."""
     folder = out / "checkpoints"
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdigit())
@@ -182,7 +189,7 @@ class Checkpoints:
 
 def restore(out: Path, state: Any, history: History) -> tuple[int, Any, History]:
     """Step, state and history of the last checkpoint in `out`, or 0 and what was given."""
-    if not _steps(out):
+    if not saved_steps(out):
         return 0, state, history
     folder, steps = (out / "checkpoints").absolute(), [0]
     as_bytes = ocp.RestoreArgs(restore_type=np.ndarray)

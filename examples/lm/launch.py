@@ -1,0 +1,198 @@
+"""Several processes as one program: start them here, join them anywhere, end them together."""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from .data import InputError
+
+# A process that meets a dead peer ends by itself, with its own message, within about a second.
+GRACE_SECONDS = 5.0
+# Peers that do not come are a mistake in the command sooner than a slow start.
+MEET_SECONDS = 120
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("processes").add_argument
+    add("--cpu-devices", type=int, metavar="N", help="devices that the CPU of a process stands for")
+    add("--processes", type=int, metavar="N", help="start N on this machine, or with --coordinator")
+    add("--coordinator", metavar="HOST:PORT", help="where process 0 listens, given to each process")
+    add("--process-id", type=int, metavar="I", help="0 … N - 1, which of them this one is")
+    add("--distributed", action="store_true",
+        help="one of several processes that Slurm, Kubernetes, MPI or a TPU pod started: "
+        "JAX finds the others")  # fmt: skip
+    # Set by `launch`: end when the launcher does, however it ended.
+    add("--launched", action="store_true", help=argparse.SUPPRESS)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    for name in ("cpu_devices", "processes"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"`--{name.replace('_', '-')}` must be at least 1, got {value}.")
+    if args.distributed and (args.processes or args.coordinator or args.process_id is not None):
+        raise InputError(
+            "`--distributed` finds processes by itself: leave out `--processes`, `--coordinator` "
+            "and `--process-id`."
+        )
+    if (args.coordinator is None) != (args.process_id is None):
+        raise InputError(
+            "`--coordinator` and `--process-id` must be given together, "
+            f"got {args.coordinator} and {args.process_id}."
+        )
+    if args.coordinator is None or args.process_id is None:
+        return
+    if not args.processes or not 0 <= args.process_id < args.processes:
+        raise InputError(
+            "`--process-id` must lie between 0 and `--processes` - 1, "
+            f"got {args.process_id} of {args.processes}."
+        )
+    host, _, port = args.coordinator.rpartition(":")
+    if not (host and port.isdigit()):
+        raise InputError(f"`--coordinator` must look like host:port, got {args.coordinator!r}.")
+
+
+def launches(args: argparse.Namespace) -> bool:
+    """Whether this command only starts the processes that do the work."""
+    return bool(args.processes and args.processes > 1 and args.coordinator is None)
+
+
+def launch(args: argparse.Namespace, argv: list[str], resumes: Callable[[], str]) -> int:
+    """Runs this script `args.processes` times, and ends all when one ends badly.
+
+    Process 0 writes to this terminal, each one's errors go to a file beside the run. `resumes`
+    says from where the same command goes on.
+    """
+    count, address = args.processes, f"127.0.0.1:{_free_port()}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    logs = [args.out / f"process-{i}.log" for i in range(count)]
+    children = []
+    # Without a choice of its own the CPU: processes on one machine would fight for its GPU.
+    platform = {} if args.cpu_devices else {"JAX_PLATFORMS": "cpu"}
+    for i, log in enumerate(logs):
+        command = [sys.executable, sys.argv[0], *argv, "--launched",
+                   "--coordinator", address, "--process-id", str(i)]  # fmt: skip
+        with open(log, "wb") as file:
+            # In a session of their own Ctrl-C reaches them through this process alone.
+            child = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=None if i == 0 else file, stderr=file,
+                env={**platform, **os.environ}, start_new_session=True,
+            )  # fmt: skip
+        children.append(child)
+        print(f"Process {i} of {count}: pid {child.pid}, errors in {log}", flush=True)
+    try:
+        while any(child.poll() != 0 for child in children):
+            if failed := [i for i, child in enumerate(children) if child.poll()]:
+                _end(children, GRACE_SECONDS)
+                # Who was refused (2) is the cause, also where its peers noticed and ended first.
+                first = next((i for i in range(count) if children[i].returncode == 2), failed[0])
+                status = children[first].returncode
+                print(f"Process {first} of {count} {_how(status, logs[first])}\n"
+                      f"The others were ended with it. {resumes()}", file=sys.stderr)  # fmt: skip
+                return status if status > 0 else 1
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        print(f"Stopped. {resumes()}", file=sys.stderr)
+        return 130
+    finally:
+        _end(children, 0.0)
+    return 0
+
+
+def join(args: argparse.Namespace) -> None:
+    """Makes this process one of several, before anything asks jax for devices."""
+    if args.launched:
+        threading.Thread(target=_end_with_launcher, daemon=True).start()
+        # Gloo tells on the standard output of each connection it makes: that goes to the log.
+        sys.stdout = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+    if args.cpu_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", args.cpu_devices)
+    if args.distributed:
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise InputError(
+                f"`--distributed` must be given within a cluster that jax knows: {error} Outside "
+                "of one give `--coordinator`, `--processes` and `--process-id`."
+            ) from error
+    elif args.coordinator:
+        local = args.coordinator if args.launched else None
+        jax.distributed.initialize(
+            args.coordinator, args.processes, args.process_id,
+            coordinator_bind_address=local, initialization_timeout=MEET_SECONDS,
+        )  # fmt: skip
+
+
+def agree(config: dict[str, Any]) -> None:
+    """Raises InputError unless all processes were given the same options and the same text."""
+    mine = np.uint32(zlib.crc32(repr(sorted(config.items())).encode()))
+    try:
+        multihost_utils.assert_equal(mine)
+    except AssertionError:
+        raise InputError(
+            f"all processes must be given the same options and the same text, got {config} in "
+            f"process {jax.process_index()} and something else in another."
+        ) from None
+
+
+def end_alone(error: BaseException) -> None:
+    """Ends this process at once and says why; at a normal exit jax would wait for its peers.
+
+    The peers meet a closed connection, or miss its heartbeat, and end as well.
+    """
+    who = f"Process {jax.process_index()} of {jax.process_count()}"
+    if isinstance(error, InputError | KeyboardInterrupt):
+        print(f"{who}: {error or 'stopped'}", file=sys.stderr)
+    elif isinstance(error, jax.errors.JaxRuntimeError):
+        reason = (str(error).splitlines() or [""])[0]
+        print(f"{who} has lost another one, or its own device: {reason}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit({InputError: 2, KeyboardInterrupt: 130}.get(type(error), 1))
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _end(children: list[subprocess.Popen], grace: float) -> None:
+    deadline = time.monotonic() + grace
+    for child in children:
+        try:
+            child.wait(max(deadline - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def _end_with_launcher() -> None:
+    # Nothing is ever written to this pipe: it ends when the launcher does.
+    os.read(0, 1)
+    os._exit(1)
+
+
+def _how(status: int, log: Path) -> str:
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}; see {log}."
+    lines = log.read_text(errors="replace").splitlines()
+    return f"failed: {lines[-1] if lines else f'exit status {status}'}"

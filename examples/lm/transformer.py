@@ -1,0 +1,153 @@
+"""A decoder-only Transformer in Flax NNX whose weights may be split over a mesh of devices."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Sizes(NamedTuple):
+    """What decides the shape of every weight."""
+
+    vocabulary: int
+    context: int
+    layers: int
+    units: int
+    heads: int
+
+
+class Layout:
+    """How the model reads a weight and sums over a split dimension; here nothing is split.
+
+    Under `jit` with automatic shardings XLA does both by itself, so that this serves there too.
+    `lm.parallel` has the layouts for explicit axes and for `shard_map`.
+    """
+
+    def whole(self, weight: nnx.Param) -> jax.Array:
+        """The weight, gathered along the axis along which only its storage is split."""
+        return weight[...]
+
+    def summed(self, equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """A product that sums over a dimension of both which tensor parallelism splits."""
+        return jnp.einsum(equation, x, weight)
+
+    def looked_up(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Rows of a table, one for each token."""
+        return table[tokens]
+
+
+class Block(nnx.Module):
+    """Causal self-attention and a network of two layers, each behind a norm and on a residual.
+
+    Vaswani et al. 2017, "Attention is all you need", https://arxiv.org/abs/1706.03762, with the
+    norm in front (GPT-2). Of each pair of products the first is split by its outputs and the
+    second by its inputs, so that one sum over devices serves both: Shoeybi et al. 2019,
+    "Megatron-LM", https://arxiv.org/abs/1909.08053, section 3.
+    """
+
+    def __init__(self, sizes: Sizes, dtype: jax.typing.DTypeLike, layout: Layout, rngs: nnx.Rngs):
+        self.dtype, self.layout = dtype, layout
+        units, heads, hidden = sizes.units, sizes.heads, 4 * sizes.units
+        # Each block adds two outputs to the residual: GPT-2 scales them by 1 / √(2 layers).
+        last = 0.02 / math.sqrt(2 * sizes.layers)
+        weight = functools.partial(parameter, rngs)
+        self.attention_scale = parameter(rngs, (units,), ("norm",), one=True)
+        self.qkv = weight((units, 3, heads, units // heads), ("embed", None, "heads", None))
+        self.attention_out = weight(
+            (heads, units // heads, units), ("heads", None, "embed"), scale=last
+        )
+        self.hidden_scale = parameter(rngs, (units,), ("norm",), one=True)
+        self.up = weight((units, hidden), ("embed", "hidden"))
+        self.up_bias = weight((hidden,), ("hidden",), scale=0.0)
+        self.down = weight((hidden, units), ("hidden", "embed"), scale=last)
+        self.down_bias = weight((units,), ("norm",), scale=0.0)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[batch, time, units] to the same."""
+        q, k, v = jnp.moveaxis(
+            jnp.einsum("bte,echd->btchd", self.normed(x, self.attention_scale), self.of(self.qkv)),
+            2,
+            0,
+        )
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) / math.sqrt(q.shape[-1])
+        causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf)).astype(self.dtype)
+        seen = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+        x = x + self.layout.summed("bqhd,hde->bqe", seen, self.of(self.attention_out))
+        hidden = jnp.einsum("bte,eh->bth", self.normed(x, self.hidden_scale), self.of(self.up))
+        hidden = jax.nn.gelu(hidden + self.of(self.up_bias))
+        return (
+            x
+            + self.layout.summed("bth,he->bte", hidden, self.of(self.down))
+            + self.of(self.down_bias)
+        )
+
+    def normed(self, x: jax.Array, scale: nnx.Param) -> jax.Array:
+        return rms_normed(x, self.layout.whole(scale))
+
+    def of(self, weight: nnx.Param) -> jax.Array:
+        # Gathered in float32, computed with in bfloat16: so the gradients of the devices are
+        # summed in float32, and the optimizer never sees what bfloat16 lost.
+        return self.layout.whole(weight).astype(self.dtype)
+
+
+class Transformer(nnx.Module):
+    """Tokens to logits of the next ones; the embedding is the output projection as well.
+
+    Weights are float32, `dtype` is that of the products.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        layout: Layout | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype, self.layout = dtype, layout or Layout()
+        self.embedding = parameter(rngs, (sizes.vocabulary, sizes.units), ("vocabulary", "embed"))
+        self.positions = parameter(rngs, (sizes.context, sizes.units), ("time", "embed"))
+        self.blocks = nnx.List(Block(sizes, dtype, self.layout, rngs) for _ in range(sizes.layers))
+        self.scale = parameter(rngs, (sizes.units,), ("norm",), one=True)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """[batch, time] to float32 [batch, time, vocabulary]."""
+        table = self.layout.whole(self.embedding).astype(self.dtype)
+        positions = self.layout.whole(self.positions).astype(self.dtype)
+        x = self.layout.looked_up(table, tokens) + positions[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        x = rms_normed(x, self.layout.whole(self.scale))
+        return jnp.einsum("bte,ve->btv", x, table).astype(jnp.float32)
+
+
+def parameter(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    names: tuple[str | None, ...],
+    *,
+    scale: float = 0.02,
+    one: bool = False,
+) -> nnx.Param:
+    """A float32 weight; `names` are the logical axes that rules map to those of a mesh."""
+    value = jnp.ones(shape) if one else scale * jax.random.normal(rngs.params(), shape)
+    return nnx.Param(value, out_sharding=names, eager_sharding=False)
+
+
+def rms_normed(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x / √mean(x²) · scale, in float32: Zhang, Sennrich 2019, https://arxiv.org/abs/1910.07467."""
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean_square + 1e-6) * scale).astype(x.dtype)
+
+
+def next_token_loss(model: Transformer, tokens: jax.Array) -> jax.Array:
+    """Mean nats of each token of [batch, time + 1] given those before it."""
+    logits = model(tokens[:, :-1])
+    # A sum over one-hot rows instead of a lookup: it is the same program under every sharding.
+    hit = jax.nn.one_hot(tokens[:, 1:], logits.shape[-1], dtype=logits.dtype)
+    return -jnp.mean(jnp.sum(jax.nn.log_softmax(logits) * hit, axis=-1))
