@@ -40,6 +40,12 @@ def manual_axes() -> tuple[str, ...]:
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def partly_manual() -> bool:
+    """Whether a `shard_map` left some mesh axes to the compiler (`axis_names`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 0 < len(mesh.manual_axes) < len(mesh.axis_names)
+
+
 def types_tell() -> bool:
     """Whether `shard_map` checks types here (`check_vma=True`), so that they can be believed."""
     axes = manual_axes()
@@ -163,14 +169,22 @@ def any_device(flags: jax.Array, axis_name: AxisName) -> jax.Array:
 
 
 def filled_like(number: float, kind: jax.ShapeDtypeStruct) -> jax.Array:
-    """A new array full of one number, with the shape, dtype and varying axes of `kind`."""
+    """A new array full of one number, with the shape, dtype, axes and split of `kind`."""
     return varying_like(jax.numpy.full(kind.shape, number, kind.dtype), kind)
 
 
 def varying_like(x: jax.Array, other: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-    """`x`, with a type that varies along the axes along which that of `other` does."""
+    """`x`, with a type that varies along the axes along which that of `other` does.
+
+    With explicit axes the type also says how dimensions are split, and then `x` is split so too.
+    """
     missing = tuple(sorted(varying_axes(other) - varying_axes(x)))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
+    x = jax.lax.pcast(x, missing, to="varying") if missing else x
+    here, there = jax.typeof(x).sharding.spec, jax.typeof(other).sharding.spec
+    # Without a mesh that is set there are no devices over which a new array could be split.
+    if here == there or len(here) != len(there) or jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.sharding.reshard(x, there)
 
 
 def reduced_in_place(f: Callable[..., jax.Array], x: jax.Array, *numbers: jax.Array) -> jax.Array:

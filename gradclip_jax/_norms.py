@@ -18,6 +18,7 @@ from ._devices import (
     axis_size,
     beside,
     of_leaves,
+    partly_manual,
     path_name,
     per_leaf,
     reduced_axes,
@@ -369,6 +370,9 @@ def _over_devices(cells, group_count, of_cells, collective, join):
 
 def _at_once(collective, arrays):
     """Apply a collective to all arrays as one vector: given a tree it would make one of each."""
+    if partly_manual():
+        # Norms of units may be split along the other axes: as one vector they would be gathered.
+        return [collective(array) for array in arrays]
     flat = jnp.concatenate([array.ravel() for array in arrays])
     ends = np.cumsum([array.size for array in arrays])[:-1].tolist()
     parts = jnp.split(collective(flat), ends)
