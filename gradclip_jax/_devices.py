@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import optax
 from jax.experimental import compute_on as _compute_on
 from jax.sharding import PartitionSpec
 
@@ -73,6 +74,8 @@ def of_leaves(
     prefix: Any, tree: Any, rule: str, is_leaf: Callable[[Any], bool] | None = None
 ) -> list[Any]:
     """For every leaf of `tree` the entry of `prefix`, a prefix of it, that covers the leaf."""
+    if any(map(_is_masked, jax.tree.leaves(tree, is_leaf=_is_masked))):
+        prefix = _as_masked(prefix, tree, is_leaf)
     entries, treedef = jax.tree.flatten(prefix, is_leaf=is_leaf)
     try:
         subtrees = treedef.flatten_up_to(tree)
@@ -96,7 +99,9 @@ def reduced_axes(
     tuple of names, or a PartitionSpec. Raises ValueError where none of them tells.
     """
     if partial := unreduced_axes(x):
-        raise ValueError(_not_averaged(path, partial, "is a partial sum (unreduced)", "psum"))
+        # In `jit` no axis is bound that `psum` could sum over.
+        what, hint = "is a partial sum (unreduced)", "In `jit` call `jax.reshard(grads, specs)`."
+        raise ValueError(_not_averaged(path, partial, what, "psum", hint))
     if given is None and not checked and manual_axes():
         raise ValueError(
             "`axis_name` must be given inside `pmap`, or `shard_map` with `check_vma=False`: there "
@@ -145,7 +150,9 @@ def check_averaged(updates: Any, params: Any) -> None:
         extra = frozenset() if update is None else varying_axes(update) - varying_axes(param)
         if extra:
             what = "varies along it while its parameter does not"
-            raise ValueError(_not_averaged(path_name(path), extra, what, "pmean"))
+            # Stages of a pipeline hold such parts, and a mean would divide by their number.
+            hint = "Parts of one sum, as of pipeline stages, take `psum`."
+            raise ValueError(_not_averaged(path_name(path), extra, what, "pmean", hint))
 
 
 def axis_size(axes: Iterable[str]) -> int:
@@ -224,6 +231,22 @@ def _in_place(
     return _computed_on(f, compute_type="device_host", out_memory_spaces=space)(x, *there)
 
 
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _as_masked(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] | None) -> Any:
+    """`prefix` cut off where `optax.masked` cut off `tree`: it may name all leaves."""
+    named = jax.tree.leaves_with_path(tree, is_leaf=_is_masked)
+    cut = {path for path, node in named if _is_masked(node)}
+    return jax.tree.map_with_path(
+        lambda path, entry: optax.MaskedNode() if path in cut else entry,
+        prefix,
+        is_leaf=lambda path, x: path in cut or (is_leaf is not None and is_leaf(x)),
+        is_leaf_takes_path=True,
+    )
+
+
 def _is_names(axis_name: AxisName) -> bool:
     return isinstance(axis_name, str) or (
         isinstance(axis_name, tuple | list) and all(isinstance(name, str) for name in axis_name)
@@ -252,10 +275,11 @@ def _bound_size(axis: str) -> int:
         ) from error
 
 
-def _not_averaged(path: str, axes: Iterable[str], what: str, collective: str) -> str:
+def _not_averaged(path: str, axes: Iterable[str], what: str, collective: str, hint: str) -> str:
     names = sorted(axes)
     axis = repr(names[0]) if len(names) == 1 else repr(tuple(names))
     return (
         f"the gradient of `{path}` is not averaged along mesh axis {axis}: it {what}, so its norm "
-        f"would be that of one share. Call `jax.lax.{collective}(grads, {axis})` before the clip."
+        f"would be that of one share. Call `jax.lax.{collective}(grads, {axis})` before the clip. "
+        f"{hint}"
     )
