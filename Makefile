@@ -15,7 +15,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input
 USABLE = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help demo test lint format reference clean
+.PHONY: help demo test lint format notebooks reference clean
 
 help:  ## show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,9 @@ lint: $(VENV)/.dev  ## check style, format and types
 format: $(VENV)/.dev  ## fix style and format in place
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+notebooks: $(VENV)/.dev  ## execute the notebooks and write their twins with outputs
+	@$(BIN)/python notebooks/execute.py
 
 reference:  ## say how to make the reference numbers anew (by hand)
 	@echo "The numbers in tests/reference/*.json are made by hand. Those of other frameworks, with them:"
