@@ -96,20 +96,23 @@ def launch(args: argparse.Namespace, argv: list[str], resumes: Callable[[], str]
         print(f"Process {i} of {count}: pid {child.pid}, errors in {log}", flush=True)
     try:
         while any(child.poll() != 0 for child in children):
-            if failed := [i for i, child in enumerate(children) if child.poll()]:
-                _end(children, GRACE_SECONDS)
-                # Who was refused (2) is the cause, also where its peers noticed and ended first.
-                first = next((i for i in range(count) if children[i].returncode == 2), failed[0])
-                status = children[first].returncode
+            if any(child.poll() for child in children):
+                _wait(children, GRACE_SECONDS)
+                # Before those are killed that still wait for it.
+                ended = {i: child.returncode for i, child in enumerate(children)}
+                first = min((i for i in ended if ended[i]), key=lambda i: _consequence(ended[i]))
+                status = ended[first]
                 print(f"Process {first} of {count} {_how(status, logs[first])}\n"
                       f"The others were ended with it. {resumes()}", file=sys.stderr)  # fmt: skip
-                return status if status > 0 else 1
+                return max(status, 1)
             time.sleep(0.05)
     except KeyboardInterrupt:
         print(f"Stopped. {resumes()}", file=sys.stderr)
         return 130
     finally:
-        _end(children, 0.0)
+        for child in children:
+            child.kill()
+            child.wait()
     return 0
 
 
@@ -175,14 +178,19 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _end(children: list[subprocess.Popen], grace: float) -> None:
-    deadline = time.monotonic() + grace
-    for child in children:
-        try:
-            child.wait(max(deadline - time.monotonic(), 0.0))
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+def _wait(children: list[subprocess.Popen], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _consequence(status: int) -> int:
+    """How likely a process ended because another one had: they may end within milliseconds."""
+    if status == 2:  # its input was refused
+        return 0
+    if status == -signal.SIGABRT:  # as jax does to a process whose coordinator is gone
+        return 3
+    return 1 if status < 0 else 2  # killed from outside; an error, as of a closed connection
 
 
 def _end_with_launcher() -> None:

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
-from .transformer import Layout
+from .transformer import Layout, product
 
 # Where each logical axis lies. The storage of a weight is split along `data` (fully sharded data
 # parallelism, FSDP), the work on it along `model` (tensor parallelism).
@@ -201,8 +200,8 @@ class AutoLayout(Layout):
     def looked_up(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(table[tokens], P("data"))
 
-    def summed(self, equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(jnp.einsum(equation, x, weight), P("data"))
+    def summed(self, equation: str, x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+        return jax.lax.with_sharding_constraint(product(equation, x, weight, dtype), P("data"))
 
 
 class ExplicitLayout(Layout):
@@ -214,8 +213,8 @@ class ExplicitLayout(Layout):
     def looked_up(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
         return table.at[tokens].get(out_sharding=P("data"))
 
-    def summed(self, equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-        return jnp.einsum(equation, x, weight, out_sharding=P("data"))
+    def summed(self, equation: str, x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+        return product(equation, x, weight, dtype, out_sharding=P("data"))
 
 
 class ManualLayout(Layout):
@@ -228,8 +227,8 @@ class ManualLayout(Layout):
                 value = jax.lax.all_gather(value, "data", axis=dimension, tiled=True)
         return value
 
-    def summed(self, equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-        return jax.lax.psum(jnp.einsum(equation, x, weight), "model")
+    def summed(self, equation: str, x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+        return jax.lax.psum(product(equation, x, weight, dtype), "model")
 
 
 def mesh_axes(weight: nnx.Param) -> list[str | None]:
