@@ -1,4 +1,4 @@
-"""What docstrings and the README show runs, and says what it shows."""
+"""What docstrings, the README and the docs show runs, and says what it shows."""
 
 import doctest
 import importlib
@@ -26,21 +26,40 @@ def test_public_functions_have_an_example():
             assert ">>>" in (value.__doc__ or ""), f"{name} shows no example"
 
 
-def blocks(language: str) -> list[str]:
-    text = (ROOT / "README.md").read_text()
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+all_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
-def test_readme_blocks_run_in_order(capsys, standard_promotion):
+def blocks(language: str, page: Path = PAGES[0]) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.M | re.DOTALL)
+
+
+@all_pages
+def test_blocks_run_in_order(page, capsys, standard_promotion):
     """Python blocks run as one program; what a comment `# -> x` promises is what is printed."""
     namespace: dict = {}
-    python = blocks("python")
+    python = blocks("python", page)
     assert len(python) >= 4
     for block in python:
-        exec(compile(block, "README.md", "exec"), namespace)
+        exec(compile(block, page.name, "exec"), namespace)
         promised = re.findall(r"# -> (.*)$", block, flags=re.MULTILINE)
         printed = capsys.readouterr().out.splitlines()
         assert printed == promised
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@all_pages
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text())
+    assert links
+    for file, anchor in links:
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), file
+        assert not anchor or anchor in anchors(target), anchor
 
 
 def test_readme_runs_the_example(tmp_path, monkeypatch, standard_promotion):
