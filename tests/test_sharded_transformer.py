@@ -70,13 +70,13 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 
 
 def readme_commands() -> list[list[str]]:
-    """The commands that the README and the docs show, without the script."""
+    """The commands that the README and the docs show, each once, without the script."""
     shown = "".join(
         "\n".join(re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.M | re.S))
         for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
     )
     found = re.findall(r"^python examples/sharded_transformer.py (.*)$", shown, re.M)
-    return [command.split() for command in found]
+    return [command.split() for command in dict.fromkeys(found)]
 
 
 # One program in every style
@@ -296,6 +296,13 @@ def test_bad_input_is_refused_in_one_line(text, tmp_path, capsys, arguments, mes
     assert not (tmp_path / "run").exists()
 
 
+def test_a_directory_that_cannot_be_written_is_named(text, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for more in (["--mesh", "data=1"], ["--processes", "2"]):
+        line = refusal(capsys, options(text, tmp_path / "file" / "run", *more))
+        assert f"`--out` must be a directory that can be written, got {tmp_path}/file/run: " in line
+
+
 # Several processes
 
 
@@ -306,6 +313,14 @@ def start(command: list[str], **environment: str) -> subprocess.Popen:
         [sys.executable, SCRIPT, *command], text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env={**inherited, "PYTHONPATH": str(ROOT), **environment},
     )  # fmt: skip
+
+
+def wait_for(checkpoint: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
+    while not checkpoint.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def pids(output: str) -> list[int]:
@@ -360,11 +375,7 @@ def test_two_processes_are_one_and_survive_a_kill_bit_for_bit(two_processes, tex
 
     # One of them dies on the way
     run = start(two_processes(killed))
-    deadline = time.monotonic() + 300
-    while not (killed / "checkpoints" / "2").exists():
-        assert run.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(killed / "checkpoints" / "2", run)
     lines = [run.stdout.readline() for _ in range(2)]
     first, second = pids("".join(lines))
     os.kill(second, signal.SIGKILL)
@@ -391,14 +402,18 @@ def test_a_process_that_is_refused_ends_the_others_and_is_quoted(two_processes, 
     assert "`--mesh` data=2,model=2 needs 4 devices, there are 8 in 2 process(es)" in errors
 
 
-def slurm(text: Path, out: Path, *more: list[str]) -> list[subprocess.Popen]:
+def slurm(text: Path, out: Path, *more: list[str], steps: int = 2) -> list[subprocess.Popen]:
     """One process for each list of options, with the variables that Slurm sets for each."""
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
     job |= {"SLURM_NTASKS": str(len(more)), "SLURM_LOCALID": "0"}
     common = ["--distributed", "--cpu-devices", "4", "--mesh", "data=4,model=2"]
     common += ["--accumulate", "1"]
     return [
-        start([*options(text, out, *common, steps=2), *options_of_one], SLURM_PROCID=str(i), **job)
+        start(
+            [*options(text, out, *common, steps=steps), *options_of_one],
+            SLURM_PROCID=str(i),
+            **job,
+        )
         for i, options_of_one in enumerate(more)
     ]
 
@@ -411,6 +426,18 @@ def test_processes_that_slurm_started_find_each_other(text, tmp_path):
     assert "2/2  loss" in first
     assert "loss" not in second
     assert len(result_of(tmp_path / "run")["history"]["loss"]) == 2
+
+
+def test_a_process_that_lost_another_says_so_and_ends(text, tmp_path):
+    """Without a launcher to watch over them."""
+    out, every = tmp_path / "run", ["--checkpoint-every", "1"]
+    first, second = slurm(text, out, every, every, steps=10_000)
+    wait_for(out / "checkpoints" / "1", first)
+    second.kill()
+    _, errors = first.communicate(timeout=60)
+    second.communicate()
+    assert first.returncode == 1
+    assert "Process 0 of 2 has lost another one, or its own device: " in errors
 
 
 def test_processes_with_different_options_are_refused(text, tmp_path):

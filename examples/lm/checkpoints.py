@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from .data import InputError
-from .run import History, read_json, write_json
+from .run import History, make_directory, read_json, write_json
 
 KEPT = 2
 FILES = "files.json"
@@ -29,6 +29,7 @@ class ShardedCheckpoints:
 
     def __init__(self, out: Path):
         self.folder = (out / "checkpoints").absolute()
+        make_directory(out)
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 

@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from .data import InputError
+from .run import make_directory
 
 # A process that meets a dead peer ends by itself, with its own message, within about a second.
 GRACE_SECONDS = 5.0
@@ -78,7 +79,7 @@ def launch(args: argparse.Namespace, argv: list[str], resumes: Callable[[], str]
     says from where the same command goes on.
     """
     count, address = args.processes, f"127.0.0.1:{_free_port()}"
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_directory(args.out)
     logs = [args.out / f"process-{i}.log" for i in range(count)]
     children = []
     # Without a choice of its own the CPU: processes on one machine would fight for its GPU.

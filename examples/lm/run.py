@@ -1,9 +1,11 @@
 """What a run leaves behind: checkpoints that continue it bit for bit, scalars, table and plot."""
 
 import contextlib
+import errno
 import json
 import logging
 import math
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -105,15 +107,29 @@ def read_json(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def make_directory(out: Path) -> None:
+    """Makes the directory of a run, and refuses by its name one that cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(out, error) from None
+    if not os.access(out, os.W_OK):
+        raise _unwritable(out, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Writes a file whole or not at all, and its directory where there is none."""
+    make_directory(file.parent)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(content).encode())
     except OSError as error:
-        raise InputError(
-            f"`--out` must be a directory that can be written, got {file.parent}: {error.strerror}."
-        ) from None
+        raise _unwritable(file.parent, error) from None
+
+
+def _unwritable(out: Path, error: OSError) -> InputError:
+    return InputError(
+        f"`--out` must be a directory that can be written, got {out}: {error.strerror}."
+    )
 
 
 def saved_steps(out: Path) -> list[int]:
