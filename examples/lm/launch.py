@@ -25,6 +25,8 @@ from .run import make_directory
 GRACE_SECONDS = 5.0
 # Peers that do not come are a mistake in the command sooner than a slow start.
 MEET_SECONDS = 120
+# A process that waits where no connection breaks learns of a dead peer by its missing heartbeat.
+HEARTBEAT_SECONDS = 20
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +131,7 @@ def join(args: argparse.Namespace) -> None:
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
     if args.distributed:
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
         except (ValueError, RuntimeError) as error:
             raise InputError(
                 f"`--distributed` must be given within a cluster that jax knows: {error} Outside "
@@ -140,6 +142,7 @@ def join(args: argparse.Namespace) -> None:
         jax.distributed.initialize(
             args.coordinator, args.processes, args.process_id,
             coordinator_bind_address=local, initialization_timeout=MEET_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )  # fmt: skip
 
 
