@@ -1,7 +1,4 @@
-"""Limits: recurrences on a number, from the norms seen so far to the norm that is allowed.
-
-A limit is written elementwise on norms, so any limit serves at any granularity.
-"""
+"""What a limit is: written elementwise on norms, so that any limit serves at any granularity."""
 
 import math
 import numbers
