@@ -4,6 +4,12 @@ from ._backward import clip_cotangent as clip_cotangent
 from ._clip import ClipState as ClipState, clip_to_limit as clip_to_limit
 from ._guards import zero_nonfinite as zero_nonfinite
 from ._limits import Limit as Limit, constant as constant, maximum as maximum, minimum as minimum
+from ._limits.ema import ema as ema
+from ._limits.growth import growth as growth
+from ._limits.median import median as median
+from ._limits.percentile import percentile as percentile
+from ._limits.quantile import quantile as quantile
+from ._limits.zscore import zscore as zscore
 from ._metrics import metrics as metrics
 from ._norms import (
     global_norm as global_norm,
@@ -19,13 +25,21 @@ from ._rescale import (
     smooth_sqrt as smooth_sqrt,
     smooth_tanh as smooth_tanh,
 )
+from ._strategies.adagc import adagc as adagc
 from ._strategies.adaptive_grad_clip import adaptive_grad_clip as adaptive_grad_clip
+from ._strategies.autoclip import autoclip as autoclip
 from ._strategies.clip_by_block_rms import clip_by_block_rms as clip_by_block_rms
 from ._strategies.clip_by_global_norm import clip_by_global_norm as clip_by_global_norm
 from ._strategies.clip_by_group_norm import clip_by_group_norm as clip_by_group_norm
 from ._strategies.clip_by_norm import clip_by_norm as clip_by_norm
 from ._strategies.clip_by_unit_norm import clip_by_unit_norm as clip_by_unit_norm
 from ._strategies.clip_by_value import clip_by_value as clip_by_value
+from ._strategies.ema_clip import ema_clip as ema_clip
+from ._strategies.limit_norm_growth import limit_norm_growth as limit_norm_growth
+from ._strategies.median_clip import median_clip as median_clip
 from ._strategies.normalize_by_norm import normalize_by_norm as normalize_by_norm
+from ._strategies.percentile_clip import percentile_clip as percentile_clip
+from ._strategies.quantile_clip import quantile_clip as quantile_clip
+from ._strategies.zclip import zclip as zclip
 
 __version__ = "0.1.0"

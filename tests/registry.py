@@ -142,6 +142,15 @@ def responding(response: Any) -> Callable[..., optax.GradientTransformationExtra
     return functools.partial(gradclip_jax.clip_by_global_norm, response=response)
 
 
+def capped(make: Callable[..., Any]) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """An adaptive clip, of which the cap is left open: it holds alone during the warm-up."""
+
+    def build(max_norm: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+        return make(max_norm=max_norm, **kwargs)
+
+    return build
+
+
 OURS = [
     Strategy("clip_by_global_norm", gradclip_jax.clip_by_global_norm, everything),
     *(
@@ -199,6 +208,7 @@ OURS = [
         enlarges=True,
         changes_below=True,
     ),
+    Strategy("zclip", capped(gradclip_jax.zclip), everything),
     Strategy("clip_by_value", gradclip_jax.clip_by_value, elements, argument="limit"),
     Strategy("clip_by_value[pair]", between, elements, argument="upper"),
 ]

@@ -1,0 +1,124 @@
+"""A moving average of the norms, and so many deviations more."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .limit import Limit, Threshold
+from .moments import (
+    check_above,
+    check_between_0_and_1,
+    check_steps,
+    floored,
+    learned,
+    moved,
+    spread_out,
+)
+from .window import check_number
+
+
+class MeanState(NamedTuple):
+    """A mean free of the bias of its start: the sum of its weights, if a new norm weighs 1."""
+
+    weight: jax.Array
+    mean: jax.Array
+
+
+class EmaState(NamedTuple):
+    """Number of norms of the warm-up so far, mean and deviation, and the mean for a target."""
+
+    steps: jax.Array
+    average: MeanState
+    deviation: jax.Array
+    target: MeanState | None
+
+
+def ema(
+    k: Threshold = 3.0,
+    decay: Threshold = 0.99,
+    *,
+    ratio: float = 1.0,
+    target: tuple[float, float] | None = None,
+    warmup_steps: int = 25,
+) -> Limit:
+    r"""So many deviations above a moving average of the past.
+
+    $$ L_t = r \mu_t + k \sigma_t, \qquad
+       \mu_t = \sum_{s<t} w_s x_s, \quad \sigma_t^2 = \sum_{s<t} w_s (x_s - \mu_t)^2, \quad
+       w_s \propto \beta^{t-s}, \quad x_s = \min(n_s, L_s) $$
+
+    The weights sum to 1, which is the usual bias correction. In the warm-up the limit is infinite
+    and norms enter as they are. Sigma counts as a thousandth of mu at least, so a constant stream
+    never fires. A norm of 0 does not enter. Spikes enter as clipped, at mu + k sigma: that bounds
+    what one of them can do, and still widens sigma by 4 % a step, so the limit follows a lasting
+    rise (see `ema_clip`).
+
+    Args:
+      k: Number of deviations, finite and non-negative.
+      decay: beta, the weight of the past, between 0 and 1 (exclusive).
+      ratio: r, at least 1: `ema(0.0, ratio=2.0)` is twice the mean.
+      target: None, or a pair of a ratio above 0 and a decay. Then the above is only the trigger:
+        a norm beyond it is clipped to so many times a mean of that decay, and enters so.
+      warmup_steps: Norms in the warm-up, at least 1.
+
+    Raises:
+      ValueError: For a number outside of its range.
+
+    >>> import jax.numpy as jnp
+    >>> from gradclip_jax import ema
+    >>> twice_the_mean = ema(0.0, ratio=2.0, warmup_steps=1)
+    >>> state = twice_the_mean.init(jnp.float32(0.0))
+    >>> for norm in (3.0, 5.0):
+    ...     limit, state = twice_the_mean.update(jnp.float32(norm), state)
+    ...     print(limit)
+    inf
+    6.0
+    """
+    k = check_number("k", k, "be a finite number of at least 0", 0)
+    decay = check_between_0_and_1("decay", decay)
+    ratio = check_number("ratio", ratio, "be a finite number of at least 1", 1)
+    warmup_steps = check_steps("warmup_steps", warmup_steps)
+    if target is not None:
+        if not isinstance(target, tuple) or len(target) != 2:
+            raise ValueError(f"`target` must be None or a pair (ratio, decay), got {target!r}.")
+        check_above("target[0]", target[0], 0)
+        check_between_0_and_1("target[1]", target[1])
+
+    def init(norm: jax.Array) -> EmaState:
+        return EmaState(
+            steps=jnp.zeros_like(norm, dtype=jnp.int32),
+            average=MeanState(jnp.zeros_like(norm), jnp.zeros_like(norm)),
+            deviation=jnp.zeros_like(norm),
+            target=MeanState(jnp.zeros_like(norm), jnp.zeros_like(norm)) if target else None,
+        )
+
+    def update(norm: jax.Array, state: EmaState) -> tuple[jax.Array, EmaState]:
+        def number(value: Threshold) -> jax.Array:
+            return jnp.asarray(value).astype(norm.dtype)
+
+        mean, deviation = state.average.mean, state.deviation
+        limit = number(ratio) * mean + number(k) * floored(deviation, mean)
+        if target and state.target:
+            limit = jnp.where(norm > limit, number(target[0]) * state.target.mean, limit)
+        warm = state.steps >= jnp.asarray(warmup_steps).astype(jnp.int32)
+        limit = jnp.where(warm, limit, jnp.inf)
+        x = jnp.minimum(norm, limit)
+        average = _taken_in(state.average, x, number(decay))
+        weight = 1 / average.weight
+        new = EmaState(
+            steps=jnp.where(warm, state.steps, state.steps + 1),
+            average=average,
+            deviation=spread_out(deviation, x - mean, weight, weight * (1 - weight)),
+            target=None,
+        )
+        if target and state.target:
+            new = new._replace(target=_taken_in(state.target, x, number(target[1])))
+        return limit, learned(norm, new, state)
+
+    return Limit(init, update)
+
+
+def _taken_in(state: MeanState, norm: jax.Array, decay: jax.Array) -> MeanState:
+    weight = decay * state.weight + 1
+    return MeanState(weight, moved(state.mean, norm, 1 / weight))

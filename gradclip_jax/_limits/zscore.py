@@ -1,0 +1,89 @@
+"""The z-score of a norm: what is too far above the mean goes back towards it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .limit import Limit, Threshold
+from .moments import check_between_0_and_1, check_steps, floored, learned, moved, spread_out
+from .window import check_number
+
+
+class ZScoreState(NamedTuple):
+    """Number of norms of the warm-up so far, and mean and deviation of the norms."""
+
+    steps: jax.Array
+    mean: jax.Array
+    deviation: jax.Array
+
+
+def zscore(z_max: Threshold = 2.5, decay: Threshold = 0.97, warmup_steps: int = 25) -> Limit:
+    r"""Where the z-score of a norm is above `z_max`, a limit that is the lower the higher it is.
+
+    $$ z_t = \frac{n_t - \mu}{\sigma}, \qquad
+       L_t = \mu + z_\text{max}^2 \sigma / z_t \text{ if } z_t > z_\text{max}, \qquad
+       x_t = \min(n_t, L_t) $$
+    $$ \mu' = \alpha \mu + (1 - \alpha) x_t, \qquad
+       \sigma'^2 = \alpha \sigma^2 + (1 - \alpha)(x_t - \mu')^2 $$
+
+    Below the trigger the limit is the trigger, mu + z_max sigma. In the warm-up it is infinite,
+    norms enter as they are, and mu and sigma are their population mean and deviation. Sigma counts
+    as a thousandth of mu at least, so a constant stream never fires. A norm of 0 does not enter.
+
+    The further a norm is above the mean, the nearer it comes to it, and the less the mean moves:
+    a lasting rise is held at the old level for good (see `zclip`). `ema` follows one.
+
+    Args:
+      z_max: Largest z-score that passes, finite and non-negative.
+      decay: alpha, the weight of the past, between 0 and 1 (exclusive).
+      warmup_steps: Norms in the warm-up, at least 1; a few are needed for a deviation.
+
+    Raises:
+      ValueError: For a number outside of its range.
+
+    >>> import jax.numpy as jnp
+    >>> from gradclip_jax import zscore
+    >>> limit = zscore(2.0, warmup_steps=2)
+    >>> state = limit.init(jnp.float32(0.0))
+    >>> for norm in (2.0, 4.0, 7.0):  # mean 3, deviation 1
+    ...     value, state = limit.update(jnp.float32(norm), state)
+    ...     print(value)
+    inf
+    inf
+    4.0
+    """
+    z_max = check_number("z_max", z_max, "be a finite number of at least 0", 0)
+    decay = check_between_0_and_1("decay", decay)
+    warmup_steps = check_steps("warmup_steps", warmup_steps)
+
+    def init(norm: jax.Array) -> ZScoreState:
+        return ZScoreState(
+            jnp.zeros_like(norm, dtype=jnp.int32), jnp.zeros_like(norm), jnp.zeros_like(norm)
+        )
+
+    def update(norm: jax.Array, state: ZScoreState) -> tuple[jax.Array, ZScoreState]:
+        z, alpha = (jnp.asarray(x).astype(norm.dtype) for x in (z_max, decay))
+        steps, mean, deviation = state
+        warm = steps >= jnp.asarray(warmup_steps).astype(steps.dtype)
+        most = z * floored(deviation, mean)
+        above = norm - mean
+        fires = above > most
+        usable = fires & (most > 0)
+        # Not divided by a norm, of whose derivative the square underflows from 1e-19.
+        times = jnp.where(usable, above / jnp.where(usable, most, 1), 1)
+        target = mean + most / times  # z_max^2 sigma / z
+        limit = jnp.where(fires, target, jnp.maximum(mean + most, norm))
+        limit = jnp.where(warm, limit, jnp.inf)
+        x = jnp.minimum(norm, limit)
+        weight = jnp.where(warm, 1 - alpha, 1 / (steps + 1).astype(norm.dtype))
+        # Its distance from the new mean, as in the paper; in the warm-up as Welford has it.
+        share = weight * (1 - weight) * jnp.where(warm, 1 - weight, 1)
+        new = ZScoreState(
+            jnp.where(warm, steps, steps + 1),
+            moved(mean, x, weight),
+            spread_out(deviation, x - mean, weight, share),
+        )
+        return limit, learned(norm, new, state)
+
+    return Limit(init, update)

@@ -1,0 +1,151 @@
+"""AdaGC: each array is held to a moving average of its own norms."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._clip import (
+    check_norms,
+    check_trees,
+    hold,
+    init_threshold,
+    initial_state,
+    measured_types,
+    named_strategy,
+    read_threshold,
+)
+from .._devices import AxisName, filled_like, types_tell
+from .._limits import Limit, Threshold, check_threshold, constant, observe
+from .._limits.moments import check_above, check_between_0_and_1, check_steps, learned, moved
+from .._norms import global_norm, leaf_norms
+from .._rescale import OnNonfinite, check_on_nonfinite
+
+
+class AdaGCState(NamedTuple):
+    """The level of each array (0 before its first norm), and the clock of a scheduled max_norm."""
+
+    level: Any
+    max_norm: Any
+
+
+@named_strategy
+def adagc(
+    ratio: Threshold = 1.04,
+    decay: Threshold = 0.99,
+    warmup_steps: int = 100,
+    *,
+    max_norm: Threshold = 1.0,
+    axis_name: AxisName = None,
+    on_nonfinite: OnNonfinite = "zero",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clip all arrays together at first, and then each to a multiple of its own level.
+
+    In the warm-up the global norm is held to `max_norm`, and the level of an array is the least
+    norm that it had, as clipped. After it
+
+    $$ g_\ell \leftarrow g_\ell \cdot
+       \min\!\Big(1, \frac{\lambda \gamma_\ell}{\lVert g_\ell \rVert}\Big), \qquad
+       \gamma_\ell \leftarrow \beta \gamma_\ell
+       + (1 - \beta) \min(\lVert g_\ell \rVert, \lambda \gamma_\ell) $$
+
+    For the pre-training of large models, in which spikes begin in a few arrays and at different
+    times; no array pays for another.
+
+    Args:
+      ratio: lambda, above 1; 1.04 in the authors' code, 1.03 to 1.05 in the paper.
+      decay: beta, the weight of the past, between 0 and 1 (exclusive); 0.99 in the authors' code.
+      warmup_steps: Steps with the global clip, at least 1; 100 in the paper.
+      max_norm: Limit of the global norm in the warm-up, as in `clip_by_global_norm`; 1.0 in the
+        authors' code. None for none.
+      axis_name: See `global_norm`. The global norm comes from those of the arrays, at no further
+        pass over the gradients.
+      on_nonfinite: See `clip_to_limit`; an array with a NaN becomes zero, its level stays as it
+        was, and the others are clipped as if it were not there.
+
+    Returns:
+      A transformation with a `ClipState` of one norm for each array. After the warm-up a constant
+      stream is never clipped. A level grows by (1 - decay) (ratio - 1) a step at most, 0.04 % by
+      default: it doubles in 1,734 steps, so a level that came out low in the warm-up, as the least
+      of its norms, stays a brake for long. A norm of 0 does not enter, so a layer that begins
+      frozen, or at zero as one of LoRA, takes its first other norm for its level.
+
+    Raises:
+      ValueError: For a number outside of its range.
+
+    >>> import gradclip_jax, jax.numpy as jnp
+    >>> clip = gradclip_jax.adagc(2.0, warmup_steps=1, max_norm=5.0)
+    >>> state = clip.init({"w": jnp.zeros(2), "b": jnp.zeros(1)})
+    >>> for scale in (1.0, 10.0):
+    ...     grads = {"w": scale * jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
+    ...     updates, state = clip.update(grads, state)
+    >>> print(updates["w"], updates["b"])
+    [6. 0.] [4.]
+
+    Wang et al., *AdaGC: Improving Training Stability for Large Language Model Pretraining*, 2025,
+    https://arxiv.org/abs/2502.11034, algorithm 1, with the numbers of the authors' PyTorch code.
+    We depart from it in what is not finite (there one NaN makes a level NaN for ever), in a norm
+    of 0 (there the least norm of the warm-up, and so a layer that never moves again), in the
+    1e-6 that it adds to norms, and in that the levels are in the state and so in checkpoints.
+    """
+    check_on_nonfinite(on_nonfinite)
+    ratio = check_above("ratio", ratio, 1)
+    decay = check_between_0_and_1("decay", decay)
+    warmup_steps = check_steps("warmup_steps", warmup_steps)
+    cap = constant(check_threshold("max_norm", max_norm))
+
+    def init(params):
+        norms = measured_types(leaf_norms, params, axis_name)
+        level = jax.tree.map(lambda norm: filled_like(0.0, norm), norms)
+        return initial_state(norms, AdaGCState(level, init_threshold(cap)))
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        check_trees(updates, params)
+        norms = leaf_norms(updates, axis_name=axis_name)
+        check_norms(norms, state)
+        largest, clock = read_threshold(cap, state.limit_state.max_norm)
+        warm = state.step_count >= jnp.asarray(warmup_steps).astype(jnp.int32)
+        flat, treedef = jax.tree.flatten(norms)
+        limits, levels = _limits_and_levels(
+            flat, treedef.flatten_up_to(state.limit_state.level), largest, warm, ratio, decay
+        )
+        return hold(
+            updates,
+            norms,
+            limits,
+            state,
+            AdaGCState(treedef.unflatten(levels), clock),
+            on_nonfinite=on_nonfinite,
+            axis_name=axis_name,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+# Called eagerly this is one cached program for each number of arrays; inside a trace it inlines.
+@functools.partial(jax.jit, inline=True)
+def _limits_and_levels(norms, levels, max_norm, warm, ratio, decay):
+    finite = [jnp.where(jnp.isfinite(norm), norm, 0) for norm in norms]
+    # They are reduced over devices already.
+    joint = global_norm(finite, axis_name=None if types_tell() else ())
+    over = joint > max_norm
+
+    def update(norm: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # The quotient is at most 1: `max_norm / joint` could be flushed to zero.
+        part = max_norm * (norm / jnp.where(over, joint, 1))
+        first = jnp.where(over, part, max_norm)
+        known = level > 0
+        later = jnp.where(known, jnp.asarray(ratio).astype(norm.dtype) * level, jnp.inf)
+        limit = jnp.where(warm, later, first)
+        x = jnp.minimum(norm, limit)
+        weight = 1 - jnp.asarray(decay).astype(norm.dtype)
+        new = jnp.where(warm, moved(level, x, weight), jnp.minimum(level, x))
+        return limit, learned(x, jnp.where(known, new, x), level)
+
+    of_array = Limit(lambda norm: norm, update)
+    pairs = zip(norms, levels, strict=True)
+    observed = [observe(of_array, norm, level) for norm, level in pairs]
+    return [limit for limit, _ in observed], [level for _, level in observed]
