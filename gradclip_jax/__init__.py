@@ -2,7 +2,14 @@
 
 from ._backward import clip_cotangent as clip_cotangent
 from ._clip import ClipState as ClipState, clip_to_limit as clip_to_limit
-from ._guards import zero_nonfinite as zero_nonfinite
+from ._guards import (
+    SkipState as SkipState,
+    clip21 as clip21,
+    error_feedback as error_feedback,
+    skip_nonfinite as skip_nonfinite,
+    skip_spikes as skip_spikes,
+    zero_nonfinite as zero_nonfinite,
+)
 from ._limits import Limit as Limit, constant as constant, maximum as maximum, minimum as minimum
 from ._limits.ema import ema as ema
 from ._limits.growth import growth as growth

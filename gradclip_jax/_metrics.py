@@ -1,4 +1,4 @@
-"""Read what clips saw and did out of any optimizer state."""
+"""Read what clips and guards saw and did out of any optimizer state."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from ._clip import ClipState, NonfiniteState
 from ._devices import path_name, types_tell
+from ._guards import SkipState
 from ._norms import global_norm
 
 
@@ -34,10 +35,20 @@ def metrics(opt_state: Any, *, per_group: bool = False) -> dict[str, jax.Array]:
       | `step_count` | updates so far |
 
       A second clip in the same state adds the same keys with `_2`, and so on, in the order of the
-      chain.
+      chain. `skip_nonfinite` and `skip_spikes` add
+
+      | key | what |
+      |---|---|
+      | `skipped` | 1 if the last update was skipped, else 0 |
+      | `skip_count` | updates skipped, so far |
+      | `skips_in_a_row` | updates skipped since the last that was no spike |
+      | `skip_limit` | the limit above which an update was a spike |
+
+      and give `grad_norm` and `step_count` of all updates: one that is skipped reaches no clip
+      within.
 
     Raises:
-      ValueError: When there is no clip in the state.
+      ValueError: When there is neither a clip nor a guard in the state.
 
     >>> import gradclip_jax, jax.numpy as jnp, optax
     >>> optimizer = optax.chain(gradclip_jax.clip_by_global_norm(1.0), optax.adam(1e-3))
@@ -55,20 +66,27 @@ def metrics(opt_state: Any, *, per_group: bool = False) -> dict[str, jax.Array]:
     """
     # An `nnx.Optimizer` is no tree of plain arrays; its `opt_state` is.
     opt_state = getattr(opt_state, "opt_state", opt_state)
-    found = jax.tree.leaves(opt_state, is_leaf=_counts_nonfinite)
+    found = _found(opt_state)
     clips = [state for state in found if isinstance(state, ClipState)]
-    guards = [state for state in found if isinstance(state, NonfiniteState)]
-    if not clips and not guards:
+    skips = [state for state in found if isinstance(state, SkipState)]
+    filters = [state for state in found if isinstance(state, NonfiniteState)]
+    if not found:
         raise ValueError("`opt_state` must hold the state of a clip; there is none in it.")
     values: dict[str, jax.Array] = {}
     for number, state in enumerate(clips, start=1):
         suffix = "" if number == 1 else f"_{number}"
         values.update({key + suffix: value for key, value in _of_clip(state, per_group).items()})
-    for guard in guards:
-        # What a guard made zero never reached the clip, so that nothing is counted twice.
+    for number, state in enumerate(skips, start=1):
+        suffix = "" if number == 1 else f"_{number}"
+        values.update({key + suffix: value for key, value in _of_skip(state).items()})
+    for guard in [*filters, *skips]:
+        # What a guard held back never reached the clip, so that nothing is counted twice.
         known = values.get("nonfinite_count", 0)
         values["nonfinite_count"] = known + _only_array(guard.nonfinite_count)
         values.setdefault("step_count", _only_array(guard.step_count))
+    if skips:
+        values["grad_norm"] = _only_array(skips[0].grad_norm)
+        values["step_count"] = _only_array(skips[0].step_count)
     return values
 
 
@@ -98,8 +116,24 @@ def _of_clip(state: ClipState, per_group: bool) -> dict[str, jax.Array]:
     return values
 
 
-def _counts_nonfinite(x: Any) -> bool:
-    return isinstance(x, ClipState | NonfiniteState)
+def _found(opt_state: Any) -> list[Any]:
+    """The states of clips and guards, from the outside to the inside."""
+
+    def is_known(x: Any) -> bool:
+        return isinstance(x, ClipState | NonfiniteState | SkipState)
+
+    states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_known) if is_known(x)]
+    within = [_found(x.inner_state) if isinstance(x, SkipState) else [] for x in states]
+    return [each for x, inner in zip(states, within, strict=True) for each in (x, *inner)]
+
+
+def _of_skip(state: SkipState) -> dict[str, jax.Array]:
+    return {
+        "skipped": _only_array(state.skipped).astype(jnp.float32),
+        "skip_count": _only_array(state.skip_count),
+        "skips_in_a_row": _only_array(state.skips_in_a_row),
+        "skip_limit": _only_array(state.skip_limit),
+    }
 
 
 def _only_array(x: Any) -> jax.Array:

@@ -50,7 +50,8 @@ def test_every_public_strategy_is_in_the_registry():
     # Those without a threshold of their own have their laws beside their limits.
     adaptive = {"adagc", "autoclip", "ema_clip", "limit_norm_growth", "median_clip",
                 "percentile_clip", "quantile_clip"}  # fmt: skip
-    others = {"clip_to_limit", "zero_nonfinite"} | adaptive
+    wrappers = {"clip21", "error_feedback", "skip_nonfinite", "skip_spikes"}
+    others = {"clip_to_limit", "zero_nonfinite"} | adaptive | wrappers
     assert set(public_strategies()) - others == registered
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 
 import gradclip_jax
 from gradclip_jax import metrics
+from gradclip_jax._guards import skip_nonfinite, skip_spikes
 
 GRADS = {"encoder": {"w": jnp.array([[3.0, 0.0], [4.0, 12.0]])}, "head": jnp.array([84.0])}
 KEYS = [
@@ -132,6 +133,23 @@ def test_what_a_guard_zeroed_is_counted_with_what_the_clip_did():
     assert numbers(metrics(after(gradclip_jax.zero_nonfinite(), broken))) == {
         "nonfinite_count": 1, "step_count": 1,
     }  # fmt: skip
+
+
+def test_a_guard_tells_what_it_skipped_and_counts_what_never_reached_the_clip():
+    broken = {**GRADS, "head": jnp.array([jnp.nan])}
+    chain = optax.chain(gradclip_jax.clip_by_global_norm(17.0), optax.sgd(0.1))
+    guard = skip_spikes(skip_nonfinite(chain), 100.0)
+    huge = jax.tree.map(lambda x: x * 2, GRADS)
+    seen = numbers(metrics(after(guard, GRADS, broken, huge)))
+    assert list(seen) == [
+        *KEYS, "skipped", "skip_count", "skips_in_a_row", "skip_limit",
+        "skipped_2", "skip_count_2", "skips_in_a_row_2", "skip_limit_2",
+    ]  # fmt: skip
+    assert (seen["skipped"], seen["skip_count"], seen["skips_in_a_row"]) == (1, 2, 2)
+    assert (seen["skip_limit"], seen["grad_norm"]) == (100.0, 170.0)
+    assert (seen["nonfinite_count"], seen["step_count"], seen["clip_count"]) == (1, 3, 1)
+    alone = numbers(metrics(after(skip_nonfinite(optax.sgd(0.1)), GRADS, broken)))
+    assert (alone["skip_count"], alone["step_count"], alone["nonfinite_count"]) == (1, 2, 1)
 
 
 def test_a_state_without_a_clip_raises(standard_promotion):

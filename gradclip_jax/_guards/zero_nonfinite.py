@@ -1,4 +1,4 @@
-"""Guards: wrappers and filters that keep what is not finite away from an optimizer."""
+"""Make the elements zero that are not finite, and let the others pass."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._clip import NonfiniteState, counted
-from ._devices import AxisName, beside, changed_in_place, reduced_in_place
-from ._norms import all_finite, global_norm, is_gradient, norm_dtype
+from .._clip import NonfiniteState, counted
+from .._devices import AxisName, beside, changed_in_place, reduced_in_place
+from .._norms import all_finite, global_norm, is_gradient, norm_dtype
 
 
 def zero_nonfinite(*, axis_name: AxisName = None) -> optax.GradientTransformationExtraArgs:
@@ -46,13 +46,17 @@ def zero_nonfinite(*, axis_name: AxisName = None) -> optax.GradientTransformatio
         )
         # The largest of the flags: one collective, and the same rules as for norms.
         met = global_norm(flags, order=jnp.inf, axis_name=axis_name) > 0
-        kept = jax.tree.map(
-            lambda x: changed_in_place(_zeroed, jnp.asarray(x)) if is_gradient(x) else x, updates
-        )
         count = counted(state.nonfinite_count, met)
-        return kept, NonfiniteState(count, counted(state.step_count, True))
+        return finite_part(updates), NonfiniteState(count, counted(state.step_count, True))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def finite_part(updates: Any) -> Any:
+    """The updates, with 0 for each element that is NaN or infinite."""
+    return jax.tree.map(
+        lambda x: changed_in_place(_zeroed, jnp.asarray(x)) if is_gradient(x) else x, updates
+    )
 
 
 def _zeroed(x: jax.Array) -> jax.Array:

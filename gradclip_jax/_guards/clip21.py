@@ -1,0 +1,86 @@
+"""Clip21: clip the change of an estimate of the gradient, not the gradient."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._clip import check_trees
+from .error_feedback import added, cast_like, check_clip, is_none, merged, zeros_like
+
+
+class Clip21State(NamedTuple):
+    """The estimate so far.
+
+    Attributes:
+      estimate: Estimate of the gradient, in at least float32; None for leaves that are none.
+      clip_state: State of the clip, which sees gradient minus estimate.
+    """
+
+    estimate: Any
+    clip_state: Any
+
+
+def clip21(clip: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    r"""Follow the gradient by clipped steps: what comes out changes by no more than the limit.
+
+    $$ h_t = h_{t-1} + \text{clip}(g_t - h_{t-1}), \qquad u_t = h_t $$
+
+    Use it with large batches, where gradients change little from step to step: once the estimate
+    has caught up, nothing is clipped any more and the gradient comes out exact, so that the limit
+    costs no accuracy at the end. With noisy gradients the estimate is a memory of old ones, and
+    `error_feedback` is the better choice.
+
+    Args:
+      clip: Any clip: its limit is the largest change per step. A gradient of norm n is reached
+        after n / limit steps, from an estimate that starts at zero.
+
+    Returns:
+      A transformation whose state has an estimate for each gradient, sharded as the parameters
+      are, in at least float32. The norm of what comes out is not bounded by the limit. Where
+      gradient or estimate would not be finite, the estimate stays and comes out again.
+
+    Raises:
+      ValueError: For a `clip` that is no transformation.
+
+    >>> import gradclip_jax, jax.numpy as jnp
+    >>> clip = gradclip_jax.clip21(gradclip_jax.clip_by_global_norm(2.0))
+    >>> state = clip.init(jnp.array([0.0, 0.0]))
+    >>> for grads in jnp.array([[0.0, 5.0], [0.0, 5.0], [0.0, 5.0]]):
+    ...     updates, state = clip.update(grads, state)
+    ...     print(updates)
+    [0. 2.]
+    [0. 4.]
+    [0. 5.]
+
+    Khirirat, Gorbunov, Horváth, Islamov, Karray, Richtárik, *Clip21: Error Feedback for Gradient
+    Clipping*, 2023, https://arxiv.org/abs/2305.18929, the method for one node; for the gradient
+    of each of several nodes, put it before the mean over them.
+    """
+    check_clip(clip)
+    clip = optax.with_extra_args_support(clip)
+
+    def init(params: Any) -> Clip21State:
+        return Clip21State(zeros_like(params), clip.init(params))
+
+    def update(updates, state, params=None, **extra_args):
+        check_trees(updates, params)
+        # A norm that the caller knows is that of the gradients, not of what is clipped here.
+        extra_args.pop("grad_norm", None)
+        minus = jax.tree.map(jnp.negative, state.estimate)
+        change = merged(added(updates, minus), updates)
+        change, clip_state = clip.update(change, state.clip_state, params, **extra_args)
+        estimate = jax.tree.map(_moved, state.estimate, change, updates, is_leaf=is_none)
+        return cast_like(merged(estimate, updates), updates), Clip21State(estimate, clip_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _moved(estimate: Any, change: Any, gradient: Any) -> Any:
+    if estimate is None:
+        return None
+    new = estimate + change.astype(estimate.dtype)
+    # A clip of elements would take an infinite gradient for a step of one limit.
+    kept = jnp.isfinite(new) & jnp.isfinite(gradient)
+    return jnp.where(kept, new, estimate)

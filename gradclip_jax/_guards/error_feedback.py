@@ -1,0 +1,154 @@
+"""Error feedback: what a clip cuts off is not lost, it is added to the next gradient."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._clip import check_trees, init_threshold, named_strategy, read_threshold
+from .._devices import AxisName, varying_like
+from .._limits import Threshold, check_threshold, constant
+from .._norms import global_norm, is_gradient, widen
+from .._rescale import factors, rescale, shrink
+
+
+class ErrorFeedbackState(NamedTuple):
+    """What is still owed.
+
+    Attributes:
+      carry: What the clip has cut off so far and not given back, in at least float32; None for
+        leaves that are no gradients.
+      limit_state: State of the limit on the carry.
+      clip_state: State of the clip.
+    """
+
+    carry: Any
+    limit_state: Any
+    clip_state: Any
+
+
+@named_strategy
+def error_feedback(
+    clip: optax.GradientTransformation,
+    max_carry: Threshold = None,
+    *,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Carry what a clip cuts off over to the next gradient (U-Clip).
+
+    $$ v_t = g_t + \Delta_{t-1}, \quad u_t = \text{clip}(v_t), \quad
+       \Delta_t = (v_t - u_t) \cdot \min\!\Big(1, \frac{\text{max\_carry}}{\lVert v_t - u_t \rVert}
+       \Big) $$
+
+    Use it where a clip acts on most steps: clipped gradients are biased, for the large ones are
+    those cut; with the carry the bias of their sum stays bounded, and the sum of what comes out
+    is the sum of what came in, minus the carry. Not for a clip that is there for rare
+    explosions: the explosion would come back in instalments.
+
+    Args:
+      clip: Any clip, or chain of clips.
+      max_carry: Largest norm of the carry, non-negative, or a schedule; what is above it is
+        forgotten. None, as in the paper, forgets nothing: then a spike of 1000 times the limit
+        takes 1000 steps to be given back. Ten times the limit of the clip bounds that to ten.
+        0 is the clip alone.
+      axis_name: See `global_norm`; needed only for a `max_carry`.
+
+    Returns:
+      A transformation whose state has a carry for each gradient, sharded as the parameters are,
+      in at least float32: in bfloat16 a carry of 256 would swallow gradients of 0.5. What rounding
+      to the dtype of the gradient takes is carried over, too. An element for which gradient, or
+      what the clip makes of it, is not finite leaves its carry as it was.
+
+    Raises:
+      ValueError: For a `clip` that is no transformation, or a `max_carry` that may not be.
+
+    >>> import gradclip_jax, jax.numpy as jnp
+    >>> clip = gradclip_jax.error_feedback(gradclip_jax.clip_by_global_norm(1.0))
+    >>> state = clip.init(jnp.array([0.0, 0.0]))
+    >>> for grads in jnp.array([[3.0, 4.0], [0.0, 0.0]]):
+    ...     updates, state = clip.update(grads, state)
+    ...     print(updates, state.carry)
+    [0.6 0.8] [2.4 3.2]
+    [0.6 0.8] [1.8000001 2.4      ]
+
+    Elesedy, Hutter, *U-Clip: On-Average Unbiased Stochastic Gradient Clipping*, 2023,
+    https://arxiv.org/abs/2302.02971, the U-Clip update. The bound on the carry is ours.
+    """
+    check_clip(clip)
+    limit = constant(check_threshold("max_carry", max_carry))
+    clip = optax.with_extra_args_support(clip)
+
+    def init(params: Any) -> ErrorFeedbackState:
+        return ErrorFeedbackState(zeros_like(params), init_threshold(limit), clip.init(params))
+
+    def update(updates, state, params=None, **extra_args):
+        check_trees(updates, params)
+        # A norm that the caller knows is that of the gradients, not of what is clipped here.
+        extra_args.pop("grad_norm", None)
+        wanted = merged(added(updates, state.carry), updates)
+        clipped, clip_state = clip.update(wanted, state.clip_state, params, **extra_args)
+        clipped = cast_like(clipped, updates)
+        carry = jax.tree.map(_rest, state.carry, wanted, clipped, is_leaf=is_none)
+        most, limit_state = read_threshold(limit, state.limit_state)
+        if max_carry is not None:
+            carry = _held(carry, most, axis_name)
+        return clipped, ErrorFeedbackState(carry, limit_state, clip_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _rest(carry: Any, wanted: Any, clipped: Any) -> Any:
+    if carry is None:
+        return None
+    rest = wanted - clipped.astype(wanted.dtype)
+    return jnp.where(jnp.isfinite(rest), rest, carry)
+
+
+def _held(carry: Any, limit: jax.Array, axis_name: AxisName) -> Any:
+    leaves, treedef = jax.tree.flatten(carry)
+    norm = global_norm(carry, axis_name=axis_name)
+    parts = [*factors(norm, varying_like(limit, norm), shrink), jnp.isfinite(norm)]
+    held = rescale(leaves, *([part] * len(leaves) for part in parts), on_nonfinite="zero")
+    return treedef.unflatten(held)
+
+
+def check_clip(clip: Any) -> None:
+    """Raise for what is no transformation."""
+    if not (hasattr(clip, "init") and hasattr(clip, "update")):
+        raise ValueError(f"`clip` must be a transformation of optax, got {clip!r}.")
+
+
+def is_none(x: Any) -> bool:
+    """Whether a leaf of a memory is that of a leaf without gradient."""
+    return x is None
+
+
+def zeros_like(params: Any) -> Any:
+    """A memory of the gradients: zeros in at least float32, sharded as the parameters are."""
+    return jax.tree.map(
+        lambda x: jnp.zeros_like(x, jax.eval_shape(widen, x).dtype) if is_gradient(x) else None,
+        params,
+    )
+
+
+def added(updates: Any, memory: Any) -> Any:
+    """Updates plus memory, in the dtype of the memory; None where there is none."""
+    return jax.tree.map(
+        lambda m, x: None if m is None else jnp.asarray(x).astype(m.dtype) + m,
+        memory,
+        updates,
+        is_leaf=is_none,
+    )
+
+
+def merged(gradients: Any, updates: Any) -> Any:
+    """The gradients, and the other leaves of the updates as they are."""
+    return jax.tree.map(lambda g, x: x if g is None else g, gradients, updates, is_leaf=is_none)
+
+
+def cast_like(tree: Any, updates: Any) -> Any:
+    """A tree in the dtypes of the updates."""
+    return jax.tree.map(
+        lambda x, like: x.astype(like.dtype) if is_gradient(x) else x, tree, updates
+    )

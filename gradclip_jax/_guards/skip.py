@@ -1,0 +1,336 @@
+"""Skip a step: the parameters do not move, and the optimizer does not learn that it was there."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec
+
+from .._clip import check_trees, counted, known_norm, measured_types, named_strategy
+from .._devices import AxisName, changed_in_place, filled_like, varying_like
+from .._limits import Limit, Threshold, as_limit, constant, observe
+from .._norms import global_norm, is_gradient, leaf_norms, leaf_sizes
+from .._rescale import factors, rescale, shrink
+from .zero_nonfinite import finite_part
+
+
+class SkipState(NamedTuple):
+    """What a guard saw and did in its last update, and how often; `metrics` reads it.
+
+    Attributes:
+      grad_norm: Norm of the gradients, float32 (float64 under x64); it may be NaN or infinite.
+      skip_limit: The limit above which the step was a spike; infinity for `skip_nonfinite`.
+      skipped: Whether the last update was skipped, bool.
+      skip_count: Number of updates skipped, int32.
+      skips_in_a_row: Number of updates skipped since the last one that was no spike, int32.
+      nonfinite_count: Number of updates in which the norm (or the value watched) was not finite,
+        skipped or not, int32.
+      step_count: Number of updates, skipped or not, int32.
+      limit_state: State of the limit.
+      inner_state: State of the optimizer.
+    """
+
+    grad_norm: jax.Array
+    skip_limit: jax.Array
+    skipped: jax.Array
+    skip_count: jax.Array
+    skips_in_a_row: jax.Array
+    nonfinite_count: jax.Array
+    step_count: jax.Array
+    limit_state: Any
+    inner_state: Any
+
+
+@named_strategy
+def skip_nonfinite(
+    inner: optax.GradientTransformation,
+    *,
+    max_consecutive: int = 16,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Skip the steps of an optimizer in which a gradient is NaN or infinite.
+
+    $$ (u, s) \leftarrow \begin{cases}
+         \text{inner}(g, s) & \lVert g \rVert < \infty \\
+         (0, s) & \text{otherwise} \end{cases} $$
+
+    Use it around the whole optimizer wherever a step may fail: in float16, with a loss that can
+    overflow, with data that are not checked. A zero gradient is no skipped step, for it still
+    moves the moments and decays the weights; here the state stays as it was, bit for bit.
+
+    Args:
+      inner: The optimizer, clips and `MultiSteps` included. Around `MultiSteps` a micro-step is
+        skipped as if it had never been; within it, one NaN would stay in the sum for ever.
+      max_consecutive: Skips in a row after which the guard gives up, an int of at least 1: then
+        the elements that are not finite become zero and the rest goes through, until a gradient
+        is finite again. Without it one weight whose gradient is always NaN would stop the run
+        unseen. 16 is ours: a dynamic loss scale that starts at 2^16 and halves at every skip
+        comes down to 1 first.
+      axis_name: See `global_norm`. All devices skip together.
+
+    Returns:
+      An optimizer with a `SkipState`, which `metrics` reads. Its update takes the extra arguments
+      of `inner`, and `grad_norm` where that is known. Finite gradients come through bit for bit;
+      those whose norm is beyond the largest float32 count as not finite.
+
+    Raises:
+      ValueError: For an `inner` that is no transformation, or a `max_consecutive` below 1.
+
+    >>> import gradclip_jax, jax.numpy as jnp, optax
+    >>> optimizer = gradclip_jax.skip_nonfinite(optax.sgd(0.1, momentum=0.9))
+    >>> params = {"w": jnp.array([1.0, 2.0])}
+    >>> state = optimizer.init(params)
+    >>> updates, state = optimizer.update({"w": jnp.array([jnp.nan, 1.0])}, state, params)
+    >>> print(updates["w"], gradclip_jax.metrics(state)["skip_count"])
+    [0. 0.] 1
+
+    The skipped step of Micikevicius et al., *Mixed Precision Training*, ICLR 2018,
+    https://arxiv.org/abs/1710.03740, section 3.2. `optax.apply_if_finite` differs in that it gives
+    the NaN to the optimizer when it gives up, and in that devices of a `shard_map` decide alone.
+    """
+    return _skip(inner, constant(None), max_consecutive, axis_name, rescales=False)
+
+
+@named_strategy
+def skip_spikes(
+    inner: optax.GradientTransformation,
+    limit: Limit | Threshold,
+    *,
+    value: str | None = None,
+    max_consecutive: int = 16,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Skip the steps of an optimizer in which the norm, or the loss, is above a limit.
+
+    $$ (u, s) \leftarrow \begin{cases}
+         \text{inner}(g, s) & x \le \text{limit}(x) \\
+         (0, s) & \text{otherwise} \end{cases}
+       \qquad x = \lVert g \rVert \text{ or the loss} $$
+
+    Use it where a clip is not enough: a broken batch has a direction that is wrong at any length,
+    and its square stays in the second moment of Adam for a thousand steps. Put the limit well
+    above the one of a clip within, so that what is merely large is clipped and not lost.
+
+    Args:
+      inner: The optimizer, clips and `MultiSteps` included.
+      limit: Any limit, on the global norm or on the value; or a threshold as in `constant`. It
+        learns at every step, skipped or not, in its own way: most take a spike in as clipped.
+      value: Name of the extra argument to watch in place of the norm, such as `"loss"`: then call
+        `update(updates, state, params, loss=loss)`. It must be a scalar; over the devices of a
+        `shard_map` or `pmap` its mean is taken. The limit must suit its sign.
+      max_consecutive: Skips in a row after which the guard gives up, an int of at least 1: until
+        a step is no spike, gradients are then rescaled to the limit instead (and elements that are
+        not finite become zero), so that no change of regime can stop a run. With `value` there is
+        no limit on the norm, and they go through as they are. 16 is ours, as in `skip_nonfinite`.
+      axis_name: See `global_norm`. All devices skip together.
+
+    Returns:
+      An optimizer with a `SkipState`, which `metrics` reads. Its update takes the extra arguments
+      of `inner` (they go on to it), and `grad_norm` where that is known. A norm or value that is
+      not finite is a spike and is never learned from. At the limit a step is no spike, so a
+      constant norm is none either. Gradients come through bit for bit where nothing is skipped.
+
+    Raises:
+      ValueError: For an `inner` that is no transformation, a threshold that may not be, a `value`
+        that is no name, or a `max_consecutive` below 1; in `update`, for a missing value.
+
+    >>> import gradclip_jax, jax.numpy as jnp, optax
+    >>> optimizer = gradclip_jax.skip_spikes(optax.sgd(0.1), 10.0)
+    >>> params = {"w": jnp.array([1.0, 2.0])}
+    >>> state = optimizer.init(params)
+    >>> updates, state = optimizer.update({"w": jnp.array([30.0, 40.0])}, state, params)
+    >>> print(updates["w"], gradclip_jax.metrics(state)["grad_norm"])
+    [0. 0.] 50.0
+
+    Chen et al., *The Best of Both Worlds: Combining Recent Advances in Neural Machine
+    Translation*, ACL 2018, https://arxiv.org/abs/1804.09849, aborts a step on the
+    norm; `skip_step` of OLMo and MaxText and `skip_and_clip_by_global_norm` of AXLearn do so on
+    norm and loss. We depart from all of them in giving up after `max_consecutive` skips, and in
+    selecting the old state and a zero: a product with 0 would let NaN through.
+    """
+    if value is not None and not (isinstance(value, str) and value.isidentifier()):
+        raise ValueError(
+            "`value` must be the name of an extra argument of `update`, or None for the norm, "
+            f"got {value!r}."
+        )
+    limit = as_limit(limit)
+    return _skip(inner, limit, max_consecutive, axis_name, value, rescales=value is None)
+
+
+def _skip(
+    inner: optax.GradientTransformation,
+    limit: Limit,
+    max_consecutive: int,
+    axis_name: AxisName,
+    value: str | None = None,
+    *,
+    rescales: bool,
+) -> optax.GradientTransformationExtraArgs:
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise ValueError(f"`inner` must be an optimizer of optax, got {inner!r}.")
+    is_int = isinstance(max_consecutive, int) and not isinstance(max_consecutive, bool)
+    if not is_int or max_consecutive < 1:
+        raise ValueError(f"`max_consecutive` must be an int of at least 1, got {max_consecutive}.")
+    if isinstance(inner, optax.MultiSteps):  # which is none, but takes extra arguments
+        inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)
+    inner = optax.with_extra_args_support(inner)
+    # One function for each guard, so that eagerly too it is compiled once.
+    finite_norm = jax.jit(functools.partial(_finite_norm, axis_name=axis_name), inline=True)
+    moved_unless = _unless(inner)
+
+    def init(params: Any) -> SkipState:
+        kind = measured_types(global_norm, params, axis_name)
+        return SkipState(
+            grad_norm=filled_like(0.0, kind),
+            skip_limit=filled_like(0.0, kind),
+            skipped=jnp.zeros((), bool),
+            skip_count=jnp.zeros((), jnp.int32),
+            skips_in_a_row=jnp.zeros((), jnp.int32),
+            nonfinite_count=jnp.zeros((), jnp.int32),
+            step_count=jnp.zeros((), jnp.int32),
+            limit_state=limit.init(filled_like(0.0, kind)),
+            inner_state=inner.init(params),
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        check_trees(updates, params)
+        if "grad_norm" in extra_args:
+            norm = known_norm(extra_args["grad_norm"], state.grad_norm)
+        else:
+            norm = global_norm(updates, axis_name=axis_name)
+        watched = norm if value is None else _mean_of(value, extra_args, norm, axis_name)
+        most, limit_state = observe(limit, watched, state.limit_state)
+        finite = jnp.isfinite(norm) & jnp.isfinite(watched)
+        bad = ~finite | (watched > most)
+        skipped = bad & (state.skips_in_a_row < max_consecutive)
+
+        # What the optimizer gets is clipped at every step: one at its limit is not changed by it,
+        # and what becomes of a spike matters only once the guard gives up.
+        gradients = jax.tree.map(lambda x: jnp.asarray(x) if is_gradient(x) else None, updates)
+        kept_limit = varying_like(most if rescales else jnp.full_like(norm, jnp.inf), norm)
+        if rescales or "grad_norm" in extra_args:
+            kept_norm = finite_norm(gradients, norm, ~finite & ~skipped)
+        else:
+            kept_norm = norm
+        if "grad_norm" in extra_args:
+            extra_args["grad_norm"] = jnp.minimum(kept_norm, kept_limit)
+        moved, inner_state = moved_unless(
+            skipped,
+            (updates, gradients, kept_norm, kept_limit),
+            state.inner_state,
+            params,
+            extra_args,
+        )
+        return moved, SkipState(
+            grad_norm=norm,
+            skip_limit=varying_like(most, norm),
+            skipped=skipped,
+            skip_count=counted(state.skip_count, skipped),
+            skips_in_a_row=jnp.where(bad, counted(state.skips_in_a_row, skipped), 0),
+            nonfinite_count=counted(state.nonfinite_count, ~finite),
+            step_count=counted(state.step_count, True),
+            limit_state=limit_state,
+            inner_state=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _mean_of(name: str, extra_args: Any, norm: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The value to watch, in the dtype of norms; the mean of those of all devices."""
+    if name not in extra_args:
+        raise ValueError(
+            f"`skip_spikes` watches `{name}`: call `update(updates, state, params, {name}={name})`."
+        )
+    value = jnp.asarray(extra_args[name])
+    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"`{name}` must be a real scalar, got {value.dtype}{list(value.shape)}.")
+    value = value.astype(norm.dtype)
+    specs = jax.tree.leaves(axis_name, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    along = axis_name if axis_name is None else tuple(sorted(set(_axes(specs))))
+    # A sum of moduli is the collective that there is: one for each sign, and both at once.
+    signs = (jnp.maximum(value, 0), jnp.maximum(-value, 0))
+    above, below = leaf_norms(signs, order=1, axis_name=along)
+    return (above - below) / leaf_sizes(value, axis_name=along)
+
+
+def _axes(entries: Any) -> Iterator[str]:
+    for entry in entries:
+        if isinstance(entry, str):
+            yield entry
+        elif entry is not None:
+            yield from _axes(entry)
+
+
+def _finite_norm(
+    gradients: Any, norm: jax.Array, again: jax.Array, *, axis_name: AxisName
+) -> jax.Array:
+    """The norm, measured again without what is not finite where that is asked for."""
+    # The flag comes from the norm of all devices: each takes the branch, and its collective.
+    return jax.lax.cond(
+        again, lambda: global_norm(finite_part(gradients), axis_name=axis_name), lambda: norm
+    )
+
+
+def _unless(inner: optax.GradientTransformationExtraArgs) -> Callable[..., tuple[Any, Any]]:
+    """The update of an optimizer, but where a step is skipped zeros and the state as it was."""
+
+    def build(plain: dict[str, Any]) -> Any:
+        def unless(skipped, measured, state, params, extra_args):
+            updates, gradients, norm, limit = measured
+
+            def move() -> tuple[Any, Any]:
+                held = jax.tree.map(
+                    lambda held, x: x if held is None else held,
+                    _held(gradients, norm, limit),
+                    updates,
+                    is_leaf=lambda x: x is None,
+                )
+                return inner.update(held, state, params, **plain, **extra_args)
+
+            def stay() -> tuple[Any, Any]:
+                zeros, kept = jax.eval_shape(move)
+                zeros = jax.tree.map(_zeros, zeros, updates)
+                return zeros, jax.tree.map(varying_like, state, kept)
+
+            # All devices take one branch, for the norm is that of all of them. Adam on 64 MiB of
+            # parameters needs 64 MiB beside them (the updates); a select of each element needs
+            # 124, and the branches the other way round 192, for then XLA copies the state.
+            return jax.lax.cond(~skipped, move, stay)
+
+        return jax.jit(unless, inline=True)
+
+    of_arrays = build({})
+
+    def run(skipped, measured, state, params, extra_args):
+        # A function, say that of a line search, is no argument of a compiled one.
+        plain = {name: x for name, x in extra_args.items() if not _is_data(x)}
+        rest = {name: x for name, x in extra_args.items() if name not in plain}
+        unless = build(plain) if plain else of_arrays
+        return unless(skipped, measured, state, params, rest)
+
+    return run
+
+
+def _zeros(kind: jax.ShapeDtypeStruct, update: Any) -> Any:
+    if not jnp.issubdtype(kind.dtype, jnp.number):
+        return update  # a PRNG key, or what has no value at all (float0)
+    zeros = filled_like(0, kind)
+    # The kind does not tell the memory: an optimizer leaves an update in that of the gradient.
+    return changed_in_place(lambda x, zeros: zeros, jnp.asarray(update), zeros)
+
+
+def _is_data(tree: Any) -> bool:
+    kinds = int | float | complex | np.ndarray | np.generic | jax.Array
+    return all(isinstance(leaf, kinds) for leaf in jax.tree.leaves(tree))
+
+
+def _held(gradients: Any, norm: jax.Array, limit: jax.Array) -> Any:
+    """The finite elements, rescaled to the limit."""
+    leaves, treedef = jax.tree.flatten(finite_part(gradients))
+    parts = [[part] * len(leaves) for part in (*factors(norm, limit, shrink), jnp.array(True))]
+    return treedef.unflatten(rescale(leaves, *parts, on_nonfinite="zero"))

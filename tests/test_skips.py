@@ -1,0 +1,454 @@
+"""A skipped step moves no parameter, and the optimizer does not learn that it was there."""
+
+import functools
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
+
+import gradclip_jax
+from gradclip_jax import Limit, metrics
+from gradclip_jax._guards import SkipState, skip_nonfinite, skip_spikes
+
+PARAMS = {"w": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])}
+
+
+def grads(scale=1.0, bad=None):
+    """A gradient of norm 13 * scale; `bad` takes the place of one element."""
+    tree = {"w": jnp.array([3.0, 4.0]) * scale, "b": jnp.array([12.0]) * scale}
+    return tree if bad is None else {**tree, "b": jnp.array([bad])}
+
+
+def deviations(k: float) -> Limit:
+    """Mean plus k standard deviations of the norms so far; the mean stands for a spike."""
+
+    def init(norm):
+        return jnp.zeros_like(norm), jnp.zeros_like(norm), jnp.zeros(norm.shape, jnp.int32)
+
+    def update(norm, state):
+        mean, square, count = state
+        spread = jnp.sqrt(jnp.maximum(square - mean * mean, 0))
+        limit = jnp.where(count < 5, jnp.inf, jnp.maximum(mean, mean + k * spread))
+        seen = jnp.where(norm > limit, mean, norm)
+        weight = jnp.maximum(0.05, 1 / (count + 1).astype(norm.dtype))
+        return limit, (
+            mean + weight * (seen - mean),
+            square + weight * (seen * seen - square),
+            count + 1,
+        )
+
+    return Limit(init, update)
+
+
+def run(optimizer, stream, state=None, **extra_args):
+    state = optimizer.init(PARAMS) if state is None else state
+    update = jax.jit(optimizer.update)
+    flags = []
+    for tree in stream:
+        updates, state = update(tree, state, PARAMS, **extra_args)
+        flags.append(int(metrics(state)["skipped"]))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
+    return flags, state
+
+
+@pytest.fixture(autouse=True)
+def _standard(standard_promotion):
+    """Adam of optax needs it."""
+
+
+GUARDS = [skip_nonfinite, lambda inner, **kw: skip_spikes(inner, 1e3, **kw)]
+each_guard = pytest.mark.parametrize("guard", GUARDS, ids=["nonfinite", "spikes"])
+
+
+@each_guard
+def test_what_is_not_finite_moves_nothing_and_leaves_the_state_bit_for_bit(guard):
+    optimizer = guard(optax.adamw(1e-2, weight_decay=0.1))
+    _, before = run(optimizer, [grads()] * 3)
+    for bad in (np.nan, np.inf, -np.inf):
+        updates, after = jax.jit(optimizer.update)(grads(bad=bad), before, PARAMS)
+        chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, PARAMS))
+        chex.assert_trees_all_equal(after.inner_state, before.inner_state)
+        seen = metrics(after)
+        assert (int(seen["skip_count"]), int(seen["nonfinite_count"])) == (1, 1)
+        assert int(seen["step_count"]) == 4
+
+
+@each_guard
+def test_without_a_spike_the_optimizer_is_the_one_within(guard):
+    def double(updates, state, params=None):
+        return jax.tree.map(lambda x, m: x + m, updates, state), updates
+
+    inner = optax.GradientTransformation(lambda params: params, double)
+    optimizer = guard(inner)
+    state = optimizer.init(PARAMS)
+    for before, after in [(grads(0.7), grads(0.1)), (grads(1e-9), grads(30.0))]:
+        _, state = jax.jit(optimizer.update)(before, state)
+        updates, state = jax.jit(optimizer.update)(after, state)
+        chex.assert_trees_all_equal(state.inner_state, after)
+        chex.assert_trees_all_equal(updates, jax.tree.map(jnp.add, before, after))
+
+
+def test_one_spike_and_one_nan_in_a_hundred_steps_and_a_restart_between_them(tmp_path):
+    scales = 1 / 13 + 0.005 * np.sin(np.arange(100))
+    stream = [*(grads(s) for s in scales), grads(1e6 / 13), grads(bad=np.nan), grads(1 / 13)]
+    optimizer = skip_spikes(optax.adam(1e-2), deviations(6.0))
+    flags, end = run(optimizer, stream)
+    assert flags == [0] * 100 + [1, 1, 0]
+    calm_flags, calm = run(optimizer, [*stream[:100], stream[-1]])
+    assert sum(calm_flags) == 0
+    chex.assert_trees_all_equal(end.inner_state, calm.inner_state)
+    assert int(metrics(end)["skip_count"]) == 2
+    assert abs(float(end.skip_limit / calm.skip_limit) - 1) < 0.01
+
+    _, saved = run(optimizer, stream[:101])
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", saved)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", optimizer.init(PARAMS))
+    chex.assert_trees_all_equal(run(optimizer, stream[101:], restored)[1], end)
+
+
+def test_the_guard_gives_up_and_rescales_to_the_limit():
+    optimizer = skip_spikes(optax.sgd(1.0), 6.5, max_consecutive=2)
+    state, seen = optimizer.init(PARAMS), []
+    for tree in [grads(), grads(), grads(), grads(), grads(0.5), grads()]:
+        updates, state = jax.jit(optimizer.update)(tree, state)
+        seen.append((float(optax.tree.norm(updates)), int(state.skips_in_a_row)))
+    assert seen == [(0, 1), (0, 2), (6.5, 2), (6.5, 2), (6.5, 0), (0, 1)]
+    assert int(state.skip_count) == 3
+
+
+def test_after_giving_up_what_is_not_finite_is_zero_and_the_rest_goes_through():
+    optimizer = skip_nonfinite(optax.sgd(1.0), max_consecutive=1)
+    flags, state = run(optimizer, [grads(bad=np.nan)])
+    updates, state = jax.jit(optimizer.update)(grads(bad=np.nan), state)
+    assert flags == [1]
+    np.testing.assert_array_equal(updates["w"], [-3.0, -4.0])
+    np.testing.assert_array_equal(updates["b"], [0.0])
+    assert int(state.nonfinite_count) == 2
+
+    optimizer = skip_spikes(optax.sgd(1.0), 1.0, max_consecutive=1)
+    _, state = run(optimizer, [grads(bad=np.inf)])
+    updates, _ = jax.jit(optimizer.update)(grads(bad=np.inf), state)
+    np.testing.assert_allclose(updates["w"], [-0.6, -0.8], rtol=1e-6)
+
+
+def test_a_new_regime_stops_no_run():
+    """With statistics that take in no skipped step, AXLearn never steps again."""
+    never_learns = Limit(lambda norm: (), lambda norm, state: (jnp.full_like(norm, 20.0), state))
+    flags, _ = run(skip_spikes(optax.sgd(0.1), never_learns), [grads(100.0)] * 40)
+    assert flags == [1] * 16 + [0] * 24
+
+
+def test_a_constant_norm_is_no_spike():
+    """AXLearn skips 1000 of 1000: a norm must be below its mean plus a deviation of 0."""
+    flags, _ = run(skip_spikes(optax.sgd(0.1), 13.0), [grads()] * 20)
+    assert sum(flags) == 0
+
+
+def test_one_nan_costs_one_step():
+    """In MaxText it costs the interval and one, for it enters the window of the statistics."""
+    noise = 1 + 0.1 * np.random.default_rng(0).standard_normal(40)
+    stream = [grads(x) if i != 15 else grads(bad=np.nan) for i, x in enumerate(noise)]
+    flags, _ = run(skip_spikes(optax.sgd(0.1), deviations(6.0)), stream)
+    assert flags == [int(i == 15) for i in range(40)]
+
+
+def test_a_nan_while_the_limit_still_warms_up_is_skipped():
+    """MaxText applies it."""
+    flags, _ = run(skip_spikes(optax.sgd(0.1), deviations(6.0)), [grads(bad=np.nan), grads()])
+    assert flags == [1, 0]
+
+
+def test_a_zero_times_nan_reaches_neither_update_nor_moments():
+    """OLMo and levanter skip by a product with 0; `run` asserts that updates are finite."""
+    _, state = run(skip_spikes(optax.adam(1e-2), 100.0), [grads(), grads(bad=np.nan), grads()])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.inner_state))
+
+
+def test_a_loss_may_be_watched_and_goes_on_to_the_optimizer():
+    seen = []
+
+    def remember(updates, state, params=None, *, loss, **extra_args):
+        assert loss.shape == ()
+        seen.append(loss)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), remember)
+    optimizer = skip_spikes(inner, 2.0, value="loss", max_consecutive=1)
+    state = optimizer.init(PARAMS)
+    for loss, passes in [(1.0, 1), (3.0, 0), (3.0, 1), (jnp.nan, 1), (-1.0, 1), (jnp.nan, 0)]:
+        updates, state = jax.jit(optimizer.update)(grads(), state, PARAMS, loss=jnp.float32(loss))
+        np.testing.assert_array_equal(updates["b"], [12.0 * passes])
+    assert seen
+    assert float(metrics(state)["grad_norm"]) == 13.0
+    with pytest.raises(ValueError, match="`skip_spikes` watches `loss`: call"):
+        jax.jit(optimizer.update)(grads(), state, PARAMS)
+    with pytest.raises(ValueError, match="`loss` must be a real scalar, got float32"):
+        jax.jit(optimizer.update)(grads(), state, PARAMS, loss=jnp.ones(2))
+
+
+def test_a_loss_that_is_not_finite_is_never_learned_from():
+    optimizer = skip_spikes(optax.sgd(0.1), deviations(6.0), value="loss")
+    _, before = run(optimizer, [grads()] * 3, loss=jnp.float32(2.0))
+    for bad in (jnp.nan, jnp.inf):
+        flags, after = run(optimizer, [grads()], before, loss=jnp.float32(bad))
+        assert flags == [1]
+        chex.assert_trees_all_equal(after.limit_state, before.limit_state)
+
+
+def test_functions_among_the_extra_arguments_go_on_too():
+    def inner_update(updates, state, params=None, *, value_fn, **extra_args):
+        return jax.tree.map(value_fn, updates), state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), inner_update)
+    optimizer = skip_nonfinite(inner)
+    updates, _ = optimizer.update(grads(), optimizer.init(PARAMS), value_fn=lambda x: -x)
+    np.testing.assert_array_equal(updates["b"], [-12.0])
+
+
+def test_a_known_norm_is_not_measured_again_and_goes_on_as_what_is_passed_on():
+    clip = gradclip_jax.clip_by_global_norm(1.0)
+    optimizer = skip_spikes(clip, 6.5, max_consecutive=1)
+    state = optimizer.init(PARAMS)
+    _, state = jax.jit(optimizer.update)(grads(), state, grad_norm=13.0)
+    updates, state = jax.jit(optimizer.update)(grads(), state, grad_norm=13.0)
+    assert float(optax.tree.norm(updates)) == pytest.approx(1.0)
+    assert float(state.inner_state.grad_norm) == 6.5
+
+
+def test_updates_come_in_the_dtype_of_the_optimizer_and_state_keeps_its_type():
+    params = {"w": jnp.ones(2, jnp.bfloat16), "n": jnp.arange(2), "none": None}
+    optimizer = skip_spikes(gradclip_jax.clip_by_global_norm(1.0), 10.0)
+    state = optimizer.init(params)
+    for x in (30.0, np.nan, 1.0):
+        updates, new = jax.jit(optimizer.update)({**params, "w": params["w"] * x}, state)
+        assert updates["w"].dtype == jnp.bfloat16
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+        np.testing.assert_array_equal(updates["n"], params["n"] * (x == 1.0))
+        state = new
+
+
+@each_guard
+def test_scan_is_the_loop(guard):
+    stream = [grads(), grads(bad=np.nan), grads(2e3), grads(), grads(bad=np.inf), grads(0.1)]
+    optimizer = guard(optax.sgd(0.1, momentum=0.9), max_consecutive=1)
+
+    def body(state, tree):
+        updates, state = optimizer.update(tree, state, PARAMS)
+        return state, updates
+
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *stream)
+    scanned, _ = jax.lax.scan(body, optimizer.init(PARAMS), stacked)
+    chex.assert_trees_all_close(scanned, run(optimizer, stream)[1], rtol=1e-6)
+
+
+def test_around_multi_steps_a_bad_micro_step_has_never_been():
+    """Within it `optax.MultiSteps` keeps the NaN in its sum for ever."""
+    multi = optax.MultiSteps(optax.sgd(1.0), 2)
+    optimizer = skip_nonfinite(multi)
+    state, total = optimizer.init(PARAMS), jnp.zeros(1)
+    for tree in [grads(), grads(bad=np.nan), grads(3.0)]:
+        updates, state = jax.jit(optimizer.update)(tree, state, PARAMS)
+        total = total + updates["b"]
+    np.testing.assert_array_equal(total, [-24.0])
+    assert int(metrics(state)["skip_count"]) == 1
+
+
+def test_within_multi_steps_the_mean_is_judged():
+    optimizer = optax.MultiSteps(skip_spikes(optax.sgd(1.0), 20.0), 2)
+    state = optimizer.init(PARAMS)
+    for scale, moved in [(1.0, 0), (1.5, 1), (1.0, 0), (9.0, 0)]:
+        updates, state = jax.jit(optimizer.update)(grads(scale), state, PARAMS)
+        assert bool(updates["b"][0] != 0) == bool(moved)
+    assert int(metrics(state)["skip_count"]) == 1
+
+
+def test_hyperparameters_may_be_injected_within_and_around():
+    inside = skip_spikes(optax.inject_hyperparams(optax.sgd)(learning_rate=1e-2), 100.0)
+    flags, _ = run(inside, [grads(), grads(100.0), grads()])
+    assert flags == [0, 1, 0]
+    make = optax.inject_hyperparams(skip_spikes)
+    around = make(inner=optax.sgd(1.0), limit=optax.linear_schedule(20.0, 10.0, 2))
+    flags, state = run(around, [grads(), grads(), grads()])
+    assert flags == [0, 0, 1]
+    assert float(metrics(state)["skip_limit"]) == 10.0
+    defaults = inspect.signature(skip_spikes).parameters["max_consecutive"].default
+    assert not isinstance(defaults, int)
+
+
+def test_in_an_nnx_optimizer():
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    chain = optax.chain(gradclip_jax.clip_by_global_norm(1.0), optax.sgd(1e-3))
+    optimizer = nnx.Optimizer(model, skip_spikes(chain, 1e3), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        optimizer.update(model, nnx.grad(lambda model: (model(x) ** 2).sum())(model))
+
+    step(model, optimizer, jnp.ones((4, 2)))
+    kernel = np.asarray(model.kernel[...])
+    step(model, optimizer, jnp.full((4, 2), jnp.nan))
+    np.testing.assert_array_equal(model.kernel[...], kernel)
+    seen = metrics(optimizer)
+    assert (int(seen["skip_count"]), int(seen["step_count"])) == (1, 2)
+    assert float(seen["clip_limit"]) == 1.0
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("value", [None, "loss"])
+def test_all_devices_skip_what_one_of_them_met(check_vma, value, mesh):
+    """In `optax.apply_if_finite` seven of eight devices step."""
+    axis_name = None if check_vma else "data"
+    optimizer = skip_spikes(optax.sgd(0.1), 100.0, axis_name=axis_name, value=value)
+
+    def step(x):
+        updates, state = optimizer.update(x, optimizer.init(x), x, loss=jnp.sum(x))
+        return updates, state.skip_count[None]
+
+    run_on = jax.jit(
+        jax.shard_map(
+            step, mesh=mesh, in_specs=P("data"), check_vma=check_vma,
+            out_specs=(P("data"), P() if check_vma else P("data")),
+        )
+    )  # fmt: skip
+    for bad in (np.nan, 1e6):
+        updates, count = run_on(jnp.ones(8).at[5].set(bad))
+        np.testing.assert_array_equal(updates, np.zeros(8))
+        assert set(np.asarray(count).tolist()) == {1}
+    assert np.all(np.asarray(run_on(jnp.ones(8))[0]) != 0)
+
+
+def test_under_pmap_with_a_collective_in_the_optimizer():
+    inner = optax.chain(gradclip_jax.clip_by_global_norm(1.0, axis_name="i"), optax.adam(1e-2))
+    optimizer = skip_spikes(inner, 100.0, axis_name="i", max_consecutive=1)
+
+    @functools.partial(jax.pmap, axis_name="i")
+    def steps(x, bad):
+        state = optimizer.init(x)
+        _, state = optimizer.update(bad, state, x)
+        first = state.skip_count
+        updates, state = optimizer.update(bad, state, x)
+        return first, state.skip_count, updates
+
+    bad = jnp.ones((8, 2)).at[3, 0].set(jnp.nan)
+    first, last, updates = steps(jnp.ones((8, 2)), bad)
+    np.testing.assert_array_equal(first, np.ones(8))
+    np.testing.assert_array_equal(last, np.ones(8))
+    assert np.isfinite(updates).all()
+    assert float(updates[0, 0]) != 0
+
+
+def test_sharded_under_jit(mesh):
+    sharding = NamedSharding(mesh, P("data"))
+    x = jax.device_put(jnp.ones(16), sharding)
+    optimizer = skip_spikes(optax.sgd(0.1), 100.0)
+    state = jax.jit(optimizer.init)(x)
+    for bad, count in [(1.0, 0), (jnp.nan, 1), (1e4, 2), (1.0, 2)]:
+        updates, state = jax.jit(optimizer.update)(x.at[3].set(bad), state, x)
+        assert int(state.skip_count) == count
+    assert np.all(np.asarray(updates) != 0)
+
+
+def test_gradients_in_the_memory_of_the_host_stay_there():
+    host = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    params = {"host": jax.device_put(jnp.ones(4), host), "device": jnp.ones(2)}
+    optimizer = skip_spikes(gradclip_jax.clip_by_global_norm(1.0), 100.0)
+    state = optimizer.init(params)
+    updates, state = jax.jit(optimizer.update)(params, state)
+    assert updates["host"].sharding.memory_kind == "pinned_host"
+    assert int(state.skip_count) == 0
+    updates, state = jax.jit(optimizer.update)({**params, "device": jnp.full(2, jnp.nan)}, state)
+    np.testing.assert_array_equal(updates["host"], np.zeros(4))
+    assert int(state.skip_count) == 1
+
+
+def test_what_is_no_gradient_passes_through():
+    params = {"key": jax.random.key(0), "none": np.zeros(2, jax.dtypes.float0), "w": jnp.ones(2)}
+    optimizer = skip_nonfinite(gradclip_jax.clip_by_global_norm(1.0))
+    updates, _ = optimizer.update({**params, "w": params["w"] * jnp.nan}, optimizer.init(params))
+    assert updates["key"].dtype == params["key"].dtype
+    np.testing.assert_array_equal(updates["w"], [0.0, 0.0])
+
+
+def test_donated_and_abstract():
+    optimizer = skip_spikes(optax.adam(1e-2), deviations(6.0))
+    state = optimizer.init(PARAMS)
+    kinds = jax.eval_shape(optimizer.init, PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(kinds, jax.eval_shape(lambda: state))
+    step = jax.jit(optimizer.update, donate_argnums=1)
+    for tree in (grads(), grads(bad=np.nan), grads()):
+        _, state = step(tree, state, PARAMS)
+    assert step._cache_size() == 1
+    assert isinstance(state, SkipState)
+
+
+def test_eagerly_a_guard_is_traced_once():
+    traced = []
+
+    def inner_update(updates, state, params=None):
+        traced.append(1)
+        return updates, state
+
+    optimizer = skip_nonfinite(optax.GradientTransformation(lambda params: (), inner_update))
+    state = optimizer.init(PARAMS)
+    _, state = optimizer.update(grads(), state, PARAMS)
+    first = len(traced)
+    for _ in range(3):
+        _, state = optimizer.update(grads(), state, PARAMS)
+    assert len(traced) == first
+
+
+def test_the_updates_are_all_the_memory_that_a_guard_needs():
+    params = {str(i): jnp.ones((64, 64)) for i in range(4)}
+    optimizer = skip_spikes(optax.adam(1e-2), 100.0)
+
+    def step(params, state, tree):
+        updates, state = optimizer.update(tree, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = (
+        jax.jit(step, donate_argnums=(0, 1)).lower(params, optimizer.init(params), params).compile()
+    )
+    temp = compiled.memory_analysis().temp_size_in_bytes
+    assert temp <= 1.3 * 4 * 64 * 64 * 4
+
+
+def test_float64(x64):
+    params = {"w": jnp.ones(2)}
+    optimizer = skip_spikes(optax.sgd(0.1), deviations(6.0))
+    state = optimizer.init(params)
+    _, new = optimizer.update(params, state)
+    assert new.grad_norm.dtype == jnp.float64
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+
+
+def test_many_runs_at_once():
+    optimizer = skip_nonfinite(optax.sgd(1.0))
+    trees = jnp.array([[1.0, 2.0], [jnp.nan, 2.0]])
+    state = jax.vmap(optimizer.init)(trees)
+    updates, state = jax.vmap(optimizer.update)(trees, state)
+    np.testing.assert_array_equal(updates, [[-1.0, -2.0], [0.0, 0.0]])
+    np.testing.assert_array_equal(state.skip_count, [0, 1])
+
+
+@pytest.mark.parametrize("bad", [0, -1, True, 1.5, None])
+def test_max_consecutive_must_be_an_int_of_at_least_1(bad):
+    with pytest.raises(ValueError, match=r"^`max_consecutive` must be an int of at least 1, got"):
+        skip_nonfinite(optax.sgd(0.1), max_consecutive=bad)
+
+
+def test_arguments_that_may_not_be_raise():
+    with pytest.raises(ValueError, match="`inner` must be an optimizer of optax, got 3"):
+        skip_spikes(3, 1.0)
+    with pytest.raises(ValueError, match=r"`limit` must be non-negative, got -1\.0"):
+        skip_spikes(optax.sgd(0.1), -1.0)
+    with pytest.raises(ValueError, match="`value` must be the name of an extra argument"):
+        skip_spikes(optax.sgd(0.1), 1.0, value=True)
