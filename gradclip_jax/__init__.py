@@ -36,6 +36,14 @@ from ._strategies.adagc import adagc as adagc
 from ._strategies.adaptive_grad_clip import adaptive_grad_clip as adaptive_grad_clip
 from ._strategies.autoclip import autoclip as autoclip
 from ._strategies.clip_by_block_rms import clip_by_block_rms as clip_by_block_rms
+from ._strategies.clip_by_dual_norm import (
+    Ball as Ball,
+    clip_by_dual_norm as clip_by_dual_norm,
+    euclidean_ball as euclidean_ball,
+    newton_schulz_ball as newton_schulz_ball,
+    sign_ball as sign_ball,
+    spectral_ball as spectral_ball,
+)
 from ._strategies.clip_by_global_norm import clip_by_global_norm as clip_by_global_norm
 from ._strategies.clip_by_group_norm import clip_by_group_norm as clip_by_group_norm
 from ._strategies.clip_by_norm import clip_by_norm as clip_by_norm
@@ -47,6 +55,11 @@ from ._strategies.median_clip import median_clip as median_clip
 from ._strategies.normalize_by_norm import normalize_by_norm as normalize_by_norm
 from ._strategies.percentile_clip import percentile_clip as percentile_clip
 from ._strategies.quantile_clip import quantile_clip as quantile_clip
+from ._strategies.spam_clip import spam_clip as spam_clip
+from ._strategies.spectral_clip import (
+    soft_spectral_clip as soft_spectral_clip,
+    spectral_clip as spectral_clip,
+)
 from ._strategies.zclip import zclip as zclip
 
 __version__ = "0.1.0"

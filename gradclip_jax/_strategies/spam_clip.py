@@ -1,0 +1,218 @@
+"""SPAM: hold each element to a multiple of its own root mean square."""
+
+import functools
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+from .._clip import (
+    check_trees,
+    init_threshold,
+    initial_state,
+    measured_types,
+    named_strategy,
+    read_threshold,
+    record,
+)
+from .._devices import AxisName, filled_like, of_leaves
+from .._limits import Threshold, check_threshold, constant
+from .._limits.moments import check_between_0_and_1
+from .._norms import global_norm, is_gradient, widen
+from .._rescale import OnNonfinite, check_on_nonfinite, ratio, shrink
+from .spectral_clip import back, on_device
+
+
+@named_strategy
+def spam_clip(
+    threshold: Threshold = 5000.0,
+    decay: Any = 0.999,
+    *,
+    warmup_steps: int = 20,
+    axis_name: AxisName = None,
+    on_nonfinite: OnNonfinite = "zero",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clip each element to a multiple of the root mean square of what came out of it so far.
+
+    $$ g_i \leftarrow \operatorname{sign}(g_i) \sqrt{\Theta v_i}
+       \;\text{ if } g_i^2 > \Theta v_i, \qquad v_i \leftarrow \beta v_i + (1 - \beta) g_i^2 $$
+
+    The limit is that of the elements seen before; v takes in the element as it came out. For
+    training in which a few elements spike to a thousand times their usual size while the norm of
+    all hardly shows it. Put it before an optimizer; it costs one more array for each parameter.
+
+    Args:
+      threshold: The ratio of squares Θ, non-negative; 5000 in the paper (2000 in the code of its
+        successor), so an element may be 71 times its root mean square. `inf` or None clips
+        nothing and still measures; 0 gives zeros. May be a schedule.
+      decay: β, between 0 and 1 (exclusive); 0.999 as in Adam, whose second moment the paper uses.
+      warmup_steps: Number of updates at the start that all pass; 20 in the paper. v starts at
+        zero and is not corrected for it, so an element may be 10 times its root mean square in
+        update 21, 44 times in update 500.
+      axis_name: See `global_norm`; the clip needs no other device, but the norm in the state does.
+      on_nonfinite: `"zero"` makes each element that is NaN or infinite zero; `"propagate"`, NaN.
+        Either way it does not enter v.
+
+    Returns:
+      A transformation with a `ClipState`. Its `grad_norm` is the largest of the ratios of an
+      element to its root mean square, its `clip_limit` the root of Θ (`inf` during the warm-up),
+      its `clip_factor` that of the element that went furthest beyond.
+
+      An element that was zero so far (v = 0) passes. A constant one passes for ever, as long as
+      Θ(1 - β^warmup_steps) is at least 1 (99 here). One that grows for good is let through at
+      2.4 times more in each update: 16 updates to a million times its size. One that shrinks for
+      good has a limit too high for 4,605 updates for each factor of 10. Squares of 1e20 do not
+      overflow: the state keeps the root of v. Complex elements are held by modulus.
+
+    Raises:
+      ValueError: For a threshold that is negative, NaN, boolean or not a number, a `decay`
+        outside 0 to 1, `warmup_steps` that are no int of at least 0.
+
+    >>> import gradclip_jax, jax.numpy as jnp
+    >>> clip = gradclip_jax.spam_clip(4.0, decay=0.75, warmup_steps=1)
+    >>> _, state = clip.update(jnp.array([3.0, 3.0]), clip.init(jnp.zeros(2)))
+    >>> updates, state = clip.update(jnp.array([-100.0, 1.0]), state)
+    >>> print(updates)
+    [-3.  1.]
+
+    Huang, Zhu, Jin, Liu, Wang, Liu, *SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM
+    Training*, ICLR 2025, https://arxiv.org/abs/2501.06842, its spike-aware clip alone. We depart
+    from it in keeping a v of our own instead of reading that of Adam, and in not resetting the
+    moments of the optimizer every 500 updates (nor, then, its warm-up): that is the optimizer's.
+    An element with v = 0 passes here; by the letter of the equation it would be zero for ever.
+    """
+    check_on_nonfinite(on_nonfinite)
+    square = constant(check_threshold("threshold", threshold))
+    rate = 1 - check_between_0_and_1("decay", decay)
+    _check_warmup(warmup_steps)
+    fill = jnp.nan if on_nonfinite == "propagate" else 0.0
+
+    def init(params):
+        norm = measured_types(_largest, params, axis_name)
+        gradients = jax.tree.map(lambda x: x if is_gradient(x) else None, params)
+        kinds = jax.eval_shape(lambda tree: jax.tree.map(_modulus, tree), gradients)
+        rms = jax.tree.map(_zeros_of, kinds, gradients)
+        return initial_state(norm, (init_threshold(square), rms))
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        check_trees(updates, params)
+        clock, old = state.limit_state
+        most, clock = read_threshold(square, clock)
+        most = jnp.sqrt(most)
+        most = jnp.where((state.step_count < warmup_steps) & (most > 0), jnp.inf, most)
+        leaves, tree = jax.tree.flatten(updates)
+        arrays = _beside(old, updates)
+        held = [i for i, rms in enumerate(arrays) if rms is not None and is_gradient(leaves[i])]
+        ratios: list[Any] = [None] * len(leaves)
+        changed = _changed(
+            [jnp.asarray(leaves[i]) for i in held],
+            [arrays[i] for i in held],
+            most,
+            rate,
+            on_nonfinite=on_nonfinite,
+        )
+        for i, (leaf, rms, times) in zip(held, changed, strict=True):
+            leaves[i], arrays[i], ratios[i] = leaf, rms, times
+        norm = _largest(tree.unflatten(ratios), axis_name=axis_name)
+        finite = jnp.isfinite(norm)
+        return tree.unflatten(leaves), record(
+            state,
+            norm,
+            most,
+            jnp.where(finite, shrink(norm, most), fill),
+            clipped=finite & (norm > most),
+            nonfinite=~finite,
+            limit_state=(clock, tree.unflatten(arrays)),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _largest(tree: Any, *, axis_name: AxisName = None) -> jax.Array:
+    return global_norm(tree, order=jnp.inf, axis_name=axis_name)
+
+
+# Called eagerly this is one cached program for each tree structure; inside a trace it inlines.
+@functools.partial(jax.jit, static_argnames="on_nonfinite", inline=True)
+def _changed(leaves, arrays, most, rate, *, on_nonfinite):
+    """What comes out of each leaf, its new root mean square, and the ratio of both before."""
+    fill = jnp.nan if on_nonfinite == "propagate" else 0.0
+    changed = []
+    for leaf, rms in zip(leaves, arrays, strict=True):
+        # The root mean square is on the device, so that a leaf in host memory has to come there.
+        x = on_device(leaf)
+        new = _learned(x, rms, most, jnp.asarray(rate).astype(rms.dtype))
+        changed.append((back(_held(x, rms, most, fill=fill), leaf), new, _ratio(x, rms)))
+    return changed
+
+
+def _held(x: jax.Array, rms: jax.Array, most: jax.Array, *, fill: float) -> jax.Array:
+    wide, limit = widen(x), _limits(rms, most)
+    if jnp.iscomplexobj(x):
+        result = wide * shrink(jnp.abs(wide), limit).astype(wide.dtype)
+    else:
+        result = jnp.clip(wide, -limit, limit)
+    return jnp.where(jnp.isfinite(wide), result, fill).astype(x.dtype)
+
+
+def _learned(x: jax.Array, rms: jax.Array, most: jax.Array, rate: jax.Array) -> jax.Array:
+    modulus = _modulus(x)
+    came_out = jnp.minimum(modulus, _limits(rms, most))
+    return jnp.where(jnp.isfinite(modulus), _root_of_mean(rms, came_out, rate), rms)
+
+
+def _limits(rms: jax.Array, most: jax.Array) -> jax.Array:
+    """The limit of each element; what was zero so far passes, unless nothing may."""
+    bounded = ((rms != 0) | (most == 0)) & (most < jnp.inf)
+    return jnp.where(bounded, jnp.where(bounded, rms, 1) * jnp.where(bounded, most, 1), jnp.inf)
+
+
+def _ratio(x: jax.Array, rms: jax.Array) -> jax.Array:
+    """How many times its root mean square an element is, 0 where that is not known yet."""
+    modulus = _modulus(x)
+    # A ratio of finite numbers may overflow, and is no sign of one that is not finite.
+    times = jnp.minimum(ratio(jnp.where(rms != 0, modulus, 0), rms), jnp.finfo(rms.dtype).max)
+    return jnp.where(jnp.isfinite(modulus), times, modulus)
+
+
+def _root_of_mean(rms: jax.Array, modulus: jax.Array, rate: jax.Array) -> jax.Array:
+    """The root of (1 - rate) rms^2 + rate modulus^2, whose squares may overflow."""
+    most = jnp.maximum(rms, modulus)
+    nonzero = most != 0
+    scale = jnp.where(nonzero, most, 1)
+    old, new = rms / scale, modulus / scale
+    # In this form the mean of equal squares is that square, without a rounding.
+    mean = old * old + rate * (new * new - old * old)
+    return jnp.where(nonzero, scale * jnp.sqrt(jnp.where(nonzero, mean, 1)), 0)
+
+
+def _modulus(x: Any) -> jax.Array:
+    return jnp.abs(widen(on_device(x)))
+
+
+def _zeros_of(kind: jax.ShapeDtypeStruct, param: Any) -> jax.Array:
+    # Of an array at hand also the sharding is taken over; a type alone may not know it.
+    # The state of a parameter in host memory is on the device.
+    is_concrete = isinstance(param, jax.Array) and not isinstance(param, Tracer)
+    if is_concrete and jax.typeof(param).memory_space != jax.memory.Space.Host:
+        return jnp.zeros_like(param, kind.dtype)
+    return filled_like(0.0, kind)
+
+
+def _beside(arrays: Any, updates: Any) -> list[Any]:
+    """The array beside each leaf, None beside what was no gradient at `init`."""
+    rule = "`updates` must have the structure of the params given to `init`"
+    found = of_leaves(arrays, updates, rule, is_leaf=lambda x: x is None)
+    as_updates = jax.tree.structure(jax.tree.structure(updates).unflatten(found))
+    if as_updates != jax.tree.structure(arrays):
+        raise ValueError(f"{rule}: {jax.tree.structure(arrays)}, got {as_updates}.")
+    return found
+
+
+def _check_warmup(steps: Any) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 0:
+        raise ValueError(f"`warmup_steps` must be a whole number of at least 0, got {steps!r}.")
