@@ -145,8 +145,10 @@ def responding(response: Any) -> Callable[..., optax.GradientTransformationExtra
 def capped(make: Callable[..., Any]) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """An adaptive clip, of which the cap is left open: it holds alone during the warm-up."""
 
-    def build(max_norm: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
-        return make(max_norm=max_norm, **kwargs)
+    def build(
+        max_norm: Any, *, axis_name: Any = None, on_nonfinite: Any = "zero"
+    ) -> optax.GradientTransformationExtraArgs:
+        return make(max_norm=max_norm, axis_name=axis_name, on_nonfinite=on_nonfinite)
 
     return build
 
