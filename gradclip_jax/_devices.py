@@ -207,8 +207,18 @@ def changed_in_place(f: Callable[..., jax.Array], x: jax.Array, *numbers: jax.Ar
 def beside(number: float, x: jax.Array) -> jax.Array:
     """A number in the dtype and the memory of `x`: constants are on the device."""
     array = jax.numpy.asarray(number, x.dtype)
-    host = jax.memory.Space.Host
-    return jax.device_put(array, host) if jax.typeof(x).memory_space == host else array
+    return back(array, x)
+
+
+def on_device(x: Any) -> jax.Array:
+    """A leaf on the device, also if host memory holds it: for what cannot be computed there."""
+    x = jax.numpy.asarray(x)
+    return jax.device_put(x, jax.memory.Space.Device) if _in_host_memory(x) else x
+
+
+def back(x: jax.Array, origin: Any) -> jax.Array:
+    """What came of a leaf, in the memory that holds the leaf."""
+    return jax.device_put(x, jax.memory.Space.Host) if _in_host_memory(origin) else x
 
 
 def path_name(path: Any) -> str:
@@ -222,13 +232,16 @@ def path_name(path: Any) -> str:
 def _in_place(
     f: Callable[..., jax.Array], space: Any, x: jax.Array, *numbers: jax.Array
 ) -> jax.Array:
-    host = jax.memory.Space.Host
-    if jax.typeof(x).memory_space != host:
+    if not _in_host_memory(x):
         return f(x, *numbers)
-    there = [jax.device_put(number, host) for number in numbers]
+    there = [back(number, x) for number in numbers]
     if _only_decorates:
         return jax.device_put(_computed_on("device_host")(jax.jit(f))(x, *there), space)
     return _computed_on(f, compute_type="device_host", out_memory_spaces=space)(x, *there)
+
+
+def _in_host_memory(x: Any) -> bool:
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
 def _is_masked(x: Any) -> bool:

@@ -13,8 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from .data import InputError
-from .run import History, make_directory, read_json, write_json
+from .run import History, make_directory, read_json, unreadable, write_json
 
 KEPT = 2
 FILES = "files.json"
@@ -56,7 +55,7 @@ class ShardedCheckpoints:
         *earlier, step = self.manager.all_steps()
         damage = self._damage(step) if jax.process_index() == 0 else ""
         if multihost_utils.broadcast_one_to_all(np.bool_(damage)):
-            raise self._refused(step, earlier, damage or "see process 0")
+            raise unreadable(self.folder / str(step), earlier, damage or "see process 0")
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(_by_path(state)), log=ocp.args.JsonRestore()
         )
@@ -67,7 +66,7 @@ class ShardedCheckpoints:
                 raise ValueError("the checksum differs")
         except Exception as error:  # a damaged file fails in many ways, all with the same remedy
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
-            raise self._refused(step, earlier, reason) from error
+            raise unreadable(self.folder / str(step), earlier, reason) from error
         return step, restored, saved["log"]["history"]
 
     def _damage(self, step: int) -> str:
@@ -82,13 +81,6 @@ class ShardedCheckpoints:
             if _crc(folder / name) != crc:
                 return f"{name} was changed"
         return ""
-
-    def _refused(self, step: int, earlier: list[int], reason: str) -> InputError:
-        return InputError(
-            f"`--out` must hold checkpoints that can be read, got {self.folder / str(step)}: "
-            f"{reason}. Nothing was changed; move that directory away to continue from "
-            f"{f'step {earlier[-1]}' if earlier else 'the start'}, or give another `--out`."
-        )
 
     def latest(self) -> int | None:
         return self.manager.latest_step()

@@ -223,11 +223,16 @@ def restore(out: Path, state: Any, history: History) -> tuple[int, Any, History]
         return steps[-1], _unpack(saved.state, state), saved.log["history"]
     except Exception as error:  # a damaged file fails in many ways, all with the same remedy
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
-        raise InputError(
-            f"`--out` must hold checkpoints that can be read, got {folder / str(steps[-1])}: "
-            f"{reason}. Nothing was changed; move that directory away to continue from "
-            f"{f'step {steps[-2]}' if steps[:-1] else 'the start'}, or give another `--out`."
-        ) from error
+        raise unreadable(folder / str(steps[-1]), steps[:-1], reason) from error
+
+
+def unreadable(checkpoint: Path, earlier: list[int], reason: str) -> InputError:
+    """The refusal of a damaged checkpoint, and what to do about it."""
+    return InputError(
+        f"`--out` must hold checkpoints that can be read, got {checkpoint}: {reason}. Nothing was "
+        f"changed; move that directory away to continue from "
+        f"{f'step {earlier[-1]}' if earlier else 'the start'}, or give another `--out`."
+    )
 
 
 @contextlib.contextmanager

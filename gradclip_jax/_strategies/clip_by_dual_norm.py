@@ -17,11 +17,11 @@ from .._clip import (
     read_threshold,
     record,
 )
-from .._devices import AxisName, of_leaves, path_name
+from .._devices import AxisName, back, of_leaves, on_device, path_name
 from .._limits import Threshold, check_threshold, constant
 from .._norms import all_finite, global_norm, is_gradient, leaf_norms, widen
 from .._rescale import OnNonfinite, check_on_nonfinite, shrink
-from .spectral_clip import back, check_whole, on_device, powers_near, product
+from .spectral_clip import check_whole, powers_near, product
 
 Split = tuple[jax.Array, Callable[[jax.Array], jax.Array]]
 

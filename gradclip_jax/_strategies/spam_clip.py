@@ -18,12 +18,11 @@ from .._clip import (
     read_threshold,
     record,
 )
-from .._devices import AxisName, filled_like, of_leaves
+from .._devices import AxisName, back, filled_like, of_leaves, on_device
 from .._limits import Threshold, check_threshold, constant
 from .._limits.moments import check_between_0_and_1
 from .._norms import global_norm, is_gradient, widen
 from .._rescale import OnNonfinite, check_on_nonfinite, ratio, shrink
-from .spectral_clip import back, on_device
 
 
 @named_strategy

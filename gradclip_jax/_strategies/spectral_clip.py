@@ -23,6 +23,8 @@ from .._clip import (
 from .._devices import (
     AxisName,
     any_device,
+    back,
+    on_device,
     path_name,
     per_leaf,
     reduced_axes,
@@ -188,19 +190,6 @@ def matrix_norms(updates: Any, *, axis_name: AxisName = None) -> Any:
         return tuple(range(leaf.ndim))[-2:]
 
     return unit_norms(updates, axes=axes, axis_name=axis_name)
-
-
-def on_device(x: Any) -> jax.Array:
-    """A leaf where matrices are decomposed and multiplied, also if host memory holds it."""
-    x = jnp.asarray(x)
-    is_there = jax.typeof(x).memory_space != jax.memory.Space.Host
-    return x if is_there else jax.device_put(x, jax.memory.Space.Device)
-
-
-def back(x: jax.Array, origin: Any) -> jax.Array:
-    """What came of a leaf, in the memory that holds the leaf."""
-    is_here = jax.typeof(origin).memory_space != jax.memory.Space.Host
-    return x if is_here else jax.device_put(x, jax.memory.Space.Host)
 
 
 def powers_near(norm: jax.Array) -> tuple[jax.Array, jax.Array]:
