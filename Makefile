@@ -23,6 +23,7 @@ help:  ## show this help
 	@echo "  PYTHON=python3.12     the interpreter (default: the first usable of python3, python3.14 … 3.11)"
 	@echo "  VENV=.venv-3.12       the environment directory"
 	@echo "  PINS='jax==0.10.1'    further requirements for a new environment"
+	@echo "  OPTIMIZED=1           test programs that XLA optimizes as it does by default: slower"
 	@echo "  ARGS='-k zero -x'     further arguments for pytest, or for the demo"
 
 demo: $(VENV)/.examples  ## train the language model with and without a clip, and draw both

@@ -239,7 +239,8 @@ def test_state_keeps_its_shape_and_scan_equals_the_loop():
         return state, result
 
     last, scanned = jax.lax.scan(body, init, stream)
-    np.testing.assert_array_equal(scanned, np.stack(results))
+    # Two programs: a product and a sum may be rounded once or twice.
+    np.testing.assert_allclose(scanned, np.stack(results), rtol=1e-6)
     chex.assert_trees_all_close(last, state, rtol=1e-6)
 
 
