@@ -164,3 +164,16 @@ def rescale(
         changed_in_place(scaled, *of_leaf)
         for of_leaf in zip(leaves, first, second, finite, strict=True)
     ]
+
+
+def clamped(x: jax.Array, low: jax.Array, high: jax.Array, *, fill: float) -> jax.Array:
+    """Each element between -low and high, or a complex one of modulus at most `high`.
+
+    An element that is not finite becomes `fill`. Computed as in `rescale`.
+    """
+    wide = widen(x)
+    if jnp.iscomplexobj(x):
+        held = wide * shrink(jnp.abs(wide), high).astype(wide.dtype)
+    else:
+        held = jnp.clip(wide, -low, high)
+    return jnp.where(jnp.isfinite(wide), held, beside(fill, held)).astype(x.dtype)

@@ -10,9 +10,9 @@ import gradclip_jax
 
 PACKAGE = Path(gradclip_jax.__file__).parent
 LAYERS = [
-    {"_devices"},
+    {"_checks", "_devices"},
     {"_norms", "_limits"},
-    {"_rescale"},
+    {"_matrices", "_rescale"},
     {"_clip"},
     {"_guards", "_backward", "_strategies"},
     {"_metrics"},

@@ -440,8 +440,10 @@ def test_many_runs_at_once():
 
 
 @pytest.mark.parametrize("bad", [0, -1, True, 1.5, None])
-def test_max_consecutive_must_be_an_int_of_at_least_1(bad):
-    with pytest.raises(ValueError, match=r"^`max_consecutive` must be an int of at least 1, got"):
+def test_max_consecutive_must_be_a_whole_number_of_at_least_1(bad):
+    with pytest.raises(
+        ValueError, match=r"^`max_consecutive` must be a whole number of at least 1, got"
+    ):
         skip_nonfinite(optax.sgd(0.1), max_consecutive=bad)
 
 

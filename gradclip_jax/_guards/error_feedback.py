@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._checks import Threshold, check_threshold
 from .._clip import check_trees, init_threshold, named_strategy, read_threshold
 from .._devices import AxisName, varying_like
-from .._limits import Threshold, check_threshold, constant
+from .._limits import constant
 from .._norms import global_norm, is_gradient, widen
 from .._rescale import factors, rescale, shrink
 

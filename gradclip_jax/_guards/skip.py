@@ -10,9 +10,10 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
+from .._checks import Threshold, check_whole_number
 from .._clip import check_trees, counted, known_norm, measured_types, named_strategy
 from .._devices import AxisName, changed_in_place, filled_like, varying_like
-from .._limits import Limit, Threshold, as_limit, constant, observe
+from .._limits import Limit, as_limit, constant, observe
 from .._norms import global_norm, is_gradient, leaf_norms, leaf_sizes
 from .._rescale import factors, rescale, shrink
 from .zero_nonfinite import finite_part
@@ -65,10 +66,10 @@ def skip_nonfinite(
     Args:
       inner: The optimizer, clips and `MultiSteps` included. Around `MultiSteps` a micro-step is
         skipped as if it had never been; within it, one NaN would stay in the sum for ever.
-      max_consecutive: Skips in a row after which the guard gives up, an int of at least 1: then
-        the elements that are not finite become zero and the rest goes through, until a gradient
-        is finite again. Without it one weight whose gradient is always NaN would stop the run
-        unseen. 16 is ours: a dynamic loss scale that starts at 2^16 and halves at every skip
+      max_consecutive: Skips in a row after which the guard gives up, a whole number of at least 1:
+        then the elements that are not finite become zero and the rest goes through, until a
+        gradient is finite again. Without it one weight whose gradient is always NaN would stop the
+        run unseen. 16 is ours: a dynamic loss scale that starts at 2^16 and halves at every skip
         comes down to 1 first.
       axis_name: See `global_norm`. All devices skip together.
 
@@ -122,10 +123,11 @@ def skip_spikes(
       value: Name of the extra argument to watch in place of the norm, such as `"loss"`: then call
         `update(updates, state, params, loss=loss)`. It must be a scalar; over the devices of a
         `shard_map` or `pmap` its mean is taken. The limit must suit its sign.
-      max_consecutive: Skips in a row after which the guard gives up, an int of at least 1: until
-        a step is no spike, gradients are then rescaled to the limit instead (and elements that are
-        not finite become zero), so that no change of regime can stop a run. With `value` there is
-        no limit on the norm, and they go through as they are. 16 is ours, as in `skip_nonfinite`.
+      max_consecutive: Skips in a row after which the guard gives up, a whole number of at least 1:
+        until a step is no spike, gradients are then rescaled to the limit instead (and elements
+        that are not finite become zero), so that no change of regime can stop a run. With `value`
+        there is no limit on the norm, and they go through as they are. 16 is ours, as in
+        `skip_nonfinite`.
       axis_name: See `global_norm`. All devices skip together.
 
     Returns:
@@ -172,9 +174,7 @@ def _skip(
 ) -> optax.GradientTransformationExtraArgs:
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise ValueError(f"`inner` must be an optimizer of optax, got {inner!r}.")
-    is_int = isinstance(max_consecutive, int) and not isinstance(max_consecutive, bool)
-    if not is_int or max_consecutive < 1:
-        raise ValueError(f"`max_consecutive` must be an int of at least 1, got {max_consecutive}.")
+    max_consecutive = check_whole_number("max_consecutive", max_consecutive)
     if isinstance(inner, optax.MultiSteps):  # which is none, but takes extra arguments
         inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)
     inner = optax.with_extra_args_support(inner)

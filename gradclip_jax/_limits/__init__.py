@@ -5,12 +5,9 @@
 
 from .limit import (
     Limit as Limit,
-    Threshold as Threshold,
     as_limit as as_limit,
-    check_threshold as check_threshold,
     constant as constant,
     maximum as maximum,
     minimum as minimum,
-    negated as negated,
     observe as observe,
 )

@@ -5,17 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .limit import Limit, Threshold
-from .moments import (
-    check_above,
-    check_between_0_and_1,
-    check_steps,
-    floored,
-    learned,
-    moved,
-    spread_out,
-)
-from .window import check_number
+from .._checks import Threshold, check_above, check_between_0_and_1, check_number, check_steps
+from .limit import Limit
+from .moments import floored, learned, moved, spread_out
 
 
 class MeanState(NamedTuple):

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .limit import Limit, Threshold
-from .moments import check_above, learned, moved
-from .window import check_number
+from .._checks import Threshold, check_above, check_number
+from .limit import Limit
+from .moments import learned, moved
 
 LEVEL_DECAY = 0.99  # of the mean that holds the limit up: it remembers some hundred norms
 

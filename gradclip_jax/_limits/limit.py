@@ -1,18 +1,14 @@
 """What a limit is: written elementwise on norms, so that any limit serves at any granularity."""
 
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 
-Threshold = Any
-"""A Python number, an array of any float dtype, a traced value, an optax schedule, or None."""
+from .._checks import Threshold, check_threshold
 
 
 class Limit(NamedTuple):
@@ -98,38 +94,6 @@ def observe(limit: Limit, norm: jax.Array, state: Any) -> tuple[jax.Array, Any]:
 def as_limit(limit: Limit | Threshold) -> Limit:
     """A limit as it is, and anything else as a constant."""
     return limit if isinstance(limit, Limit) else constant(limit)
-
-
-def check_threshold(name: str, value: Threshold) -> Threshold:
-    """Return a threshold that may be used, None as infinity; raise for one that may not."""
-    if value is None:
-        return math.inf
-    if callable(value) or isinstance(value, Tracer):
-        return value
-    kind = "a non-negative number, a scalar array, a schedule or None"
-    is_array = isinstance(value, np.ndarray | np.generic | jax.Array)
-    if is_array and (value.shape != () or not jnp.issubdtype(value.dtype, jnp.number)):
-        raise ValueError(f"`{name}` must be {kind}, got an array {value.dtype}{list(value.shape)}.")
-    if not is_array and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
-        raise ValueError(f"`{name}` must be {kind}, got {value!r}.")
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        return value
-    if jnp.iscomplexobj(value) or math.isnan(value):
-        raise ValueError(f"`{name}` must be {kind}, got {value!r}.")
-    if float(value) < 0:
-        raise ValueError(f"`{name}` must be non-negative, got {value!r}.")
-    return value
-
-
-def negated(name: str, value: Threshold) -> Threshold:
-    """Minus a threshold, so that a lower bound is checked and scheduled as an upper one is."""
-    if callable(value):
-        return lambda count: -jnp.asarray(value(count))
-    if value is None or isinstance(value, bool | str):
-        raise ValueError(
-            f"`{name}` must be a number at most 0, an array or a schedule, got {value!r}."
-        )
-    return -value
 
 
 def _filled(value: Any, norm: jax.Array) -> jax.Array:

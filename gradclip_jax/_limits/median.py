@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from .limit import Limit, Threshold
-from .window import check_number, check_window, empty_window, entered, is_full, percentile_of
+from .._checks import Threshold, check_number, check_whole_number
+from .limit import Limit
+from .window import empty_window, entered, is_full, percentile_of
 
 SIGMA_OF_MAD = 1.4826  # of a normal distribution: 1 / (its 75th percentile)
 LEAST_SIGMA = 1e-3  # of the median: for a window in which most norms are the same
@@ -39,7 +40,10 @@ def median(k: Threshold = 5.0, *, window: int = 128) -> Limit:
     >>> print(f"{limit:.4f}")  # 2 + 2 * 1.4826 * 1
     4.9652
     """
-    k, window = check_number("k", k, "be a finite number of at least 0", 0), check_window(window)
+    k, window = (
+        check_number("k", k, "be a finite number of at least 0", 0),
+        check_whole_number("window", window),
+    )
 
     def init(norm: jax.Array) -> jax.Array:
         return empty_window(norm, window)

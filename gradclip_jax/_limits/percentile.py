@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from .limit import Limit, Threshold
-from .window import check_percentile, check_window, empty_window, entered, is_full, percentile_of
+from .._checks import Threshold, check_percentile, check_whole_number
+from .limit import Limit
+from .window import empty_window, entered, is_full, percentile_of
 
 
 def percentile(percentile: Threshold = 95.0, *, window: int = 128) -> Limit:
@@ -35,7 +36,7 @@ def percentile(percentile: Threshold = 95.0, *, window: int = 128) -> Limit:
     inf
     2.0
     """
-    percentile, window = check_percentile(percentile), check_window(window)
+    percentile, window = check_percentile(percentile), check_whole_number("window", window)
 
     def init(norm: jax.Array) -> jax.Array:
         return empty_window(norm, window)

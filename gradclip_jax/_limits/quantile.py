@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from .limit import Limit, Threshold
-from .moments import check_above, check_between_0_and_1, learned
+from .._checks import Threshold, check_above, check_between_0_and_1
+from .limit import Limit
+from .moments import learned
 
 
 def quantile(quantile: Threshold = 0.5, *, learning_rate: float = 0.2, init: float = 1.0) -> Limit:

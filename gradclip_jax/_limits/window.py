@@ -1,13 +1,9 @@
 """A window: the last so many norms, newest first, and exact percentiles of what it holds."""
 
-import math
-import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 
 def empty_window(norm: jax.Array, window: int) -> jax.Array:
@@ -54,35 +50,3 @@ def percentile_of(values: jax.Array, percentile: Any) -> jax.Array:
     low, high = at(below), at(jnp.minimum(below + 1, last))
     # Rounding must not carry it above the value that it lies below.
     return jnp.minimum(low + (high - low) * (rest / 100), high)
-
-
-def check_window(window: int) -> int:
-    """Return a number of norms that a window may hold; raise for one that it may not."""
-    if isinstance(window, bool) or not isinstance(window, numbers.Integral) or window < 1:
-        hint = " (name it in `static_args` of `inject_hyperparams`)"
-        raise ValueError(
-            f"`window` must be a whole number of at least 1, got {window!r}"
-            f"{hint if isinstance(window, jax.Array) else ''}."
-        )
-    return int(window)
-
-
-def check_percentile(percentile: Any) -> Any:
-    """Return a percentile that may be used; raise for one that may not."""
-    return check_number("percentile", percentile, "lie between 0 and 100", 0, 100)
-
-
-def check_number(name: str, value: Any, rule: str, least: float, most: float = math.inf) -> Any:
-    """Return a finite number or scalar array within bounds, or a traced value; else raise."""
-    if isinstance(value, Tracer):
-        return value
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
-        real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
-        is_number = real and value.shape == ()
-        if is_number and isinstance(value, jax.Array) and not value.is_fully_addressable:
-            return value
-    else:
-        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not least <= float(value) <= most:
-        raise ValueError(f"`{name}` must {rule}, got {value!r}.")
-    return value

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._checks import Threshold, check_above, check_between_0_and_1, check_steps, check_threshold
 from .._clip import (
     check_norms,
     check_trees,
@@ -18,8 +19,8 @@ from .._clip import (
     read_threshold,
 )
 from .._devices import AxisName, filled_like, types_tell
-from .._limits import Limit, Threshold, check_threshold, constant, observe
-from .._limits.moments import check_above, check_between_0_and_1, check_steps, learned, moved
+from .._limits import Limit, constant, observe
+from .._limits.moments import learned, moved
 from .._norms import global_norm, leaf_norms
 from .._rescale import OnNonfinite, check_on_nonfinite
 

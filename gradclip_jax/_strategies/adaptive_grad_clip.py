@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._checks import Threshold, check_threshold
 from .._clip import (
     check_trees,
     hold,
@@ -17,7 +18,7 @@ from .._clip import (
     read_threshold,
 )
 from .._devices import AxisName, of_pair
-from .._limits import Threshold, check_threshold, constant
+from .._limits import constant
 from .._norms import Axes, unit_norms
 from .._rescale import OnNonfinite, check_on_nonfinite
 

@@ -3,10 +3,11 @@
 import jax
 import optax
 
+from .._checks import Threshold, check_percentile, check_whole_number
 from .._clip import clip_to_limit, named_strategy
 from .._devices import AxisName
-from .._limits import Limit, Threshold
-from .._limits.window import check_percentile, check_window, empty_window, entered, percentile_of
+from .._limits import Limit
+from .._limits.window import empty_window, entered, percentile_of
 from .._rescale import OnNonfinite
 
 
@@ -65,7 +66,7 @@ def autoclip(
 
 
 def _percentile_so_far(percentile: Threshold, window: int) -> Limit:
-    percentile, window = check_percentile(percentile), check_window(window)
+    percentile, window = check_percentile(percentile), check_whole_number("window", window)
 
     def init(norm: jax.Array) -> jax.Array:
         return empty_window(norm, window)

@@ -5,6 +5,7 @@ import math
 import jax
 import optax
 
+from .._checks import Threshold, check_threshold
 from .._clip import (
     check_trees,
     hold,
@@ -15,7 +16,7 @@ from .._clip import (
     read_threshold,
 )
 from .._devices import AxisName
-from .._limits import Threshold, check_threshold, constant
+from .._limits import constant
 from .._norms import leaf_norms, leaf_sizes
 from .._rescale import OnNonfinite, check_on_nonfinite
 

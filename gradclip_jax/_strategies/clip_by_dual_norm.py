@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._checks import Threshold, check_threshold
 from .._clip import (
     check_trees,
     init_threshold,
@@ -18,10 +19,10 @@ from .._clip import (
     record,
 )
 from .._devices import AxisName, back, of_leaves, on_device, path_name
-from .._limits import Threshold, check_threshold, constant
+from .._limits import constant
+from .._matrices import check_whole_matrices, powers_near, product
 from .._norms import all_finite, global_norm, is_gradient, leaf_norms, widen
 from .._rescale import OnNonfinite, check_on_nonfinite, shrink
-from .spectral_clip import check_whole, powers_near, product
 
 Split = tuple[jax.Array, Callable[[jax.Array], jax.Array]]
 
@@ -160,7 +161,8 @@ def clip_by_dual_norm(
         most, limit_state = read_threshold(limit, state.limit_state)
         leaves, tree = jax.tree.flatten(updates)
         balls = dict(_balls(ball, updates))
-        check_whole(tree.unflatten(_only(leaves, [i for i in balls if balls[i].whole])), axis_name)
+        whole = [i for i in balls if balls[i].whole]
+        check_whole_matrices(tree.unflatten(_only(leaves, whole)), axis_name)
         parts, points = list(leaves), {}
         for i, of_leaf in balls.items():
             parts[i], points[i] = of_leaf.split(widen(on_device(leaves[i])))

@@ -6,9 +6,10 @@ from typing import Any
 
 import optax
 
+from .._checks import Threshold, check_threshold
 from .._clip import check_trees, clip_to_limit, hold, initial_state, measured_types, named_strategy
 from .._devices import AxisName, filled_like
-from .._limits import Threshold, check_threshold, constant, observe
+from .._limits import constant, observe
 from .._norms import group_norms
 from .._rescale import OnNonfinite, check_on_nonfinite
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._checks import Threshold, check_threshold, negated
 from .._clip import (
     check_trees,
     init_threshold,
@@ -17,9 +18,9 @@ from .._clip import (
     record,
 )
 from .._devices import AxisName, beside, changed_in_place, of_pair
-from .._limits import Threshold, check_threshold, constant, negated
-from .._norms import global_norm, group_norms, is_gradient, widen
-from .._rescale import OnNonfinite, check_on_nonfinite, ratio, shrink
+from .._limits import constant
+from .._norms import global_norm, group_norms, is_gradient
+from .._rescale import OnNonfinite, check_on_nonfinite, clamped, ratio, shrink
 
 
 @named_strategy
@@ -70,14 +71,7 @@ def clip_by_value(
         down = constant(check_threshold("-limit", negated("limit", limit)))
         up = constant(check_threshold("upper", upper))
     fill = jnp.nan if on_nonfinite == "propagate" else 0.0
-
-    def clamped(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-        wide = widen(x)
-        if jnp.iscomplexobj(x):
-            held = wide * shrink(jnp.abs(wide), high).astype(wide.dtype)
-        else:
-            held = jnp.clip(wide, -low, high)
-        return jnp.where(jnp.isfinite(wide), held, beside(fill, held)).astype(x.dtype)
+    clamp = functools.partial(clamped, fill=fill)
 
     def init(params):
         norm = measured_types(functools.partial(global_norm, order=jnp.inf), params, axis_name)
@@ -93,7 +87,7 @@ def clip_by_value(
         else:
             norm, bound = _furthest(updates, low, high, axis_name)
         held = jax.tree.map(
-            lambda x: changed_in_place(clamped, jnp.asarray(x), low, high) if is_gradient(x) else x,
+            lambda x: changed_in_place(clamp, jnp.asarray(x), low, high) if is_gradient(x) else x,
             updates,
         )
         finite = jnp.isfinite(norm)

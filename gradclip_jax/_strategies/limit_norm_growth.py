@@ -2,9 +2,9 @@
 
 import optax
 
+from .._checks import Threshold
 from .._clip import clip_to_limit, named_strategy
 from .._devices import AxisName
-from .._limits import Threshold
 from .._limits.growth import growth
 from .._norms import leaf_norms
 from .._rescale import OnNonfinite

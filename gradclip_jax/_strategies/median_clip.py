@@ -2,9 +2,9 @@
 
 import optax
 
+from .._checks import Threshold
 from .._clip import clip_to_limit, named_strategy
 from .._devices import AxisName
-from .._limits import Threshold
 from .._limits.median import median
 from .._rescale import OnNonfinite
 
@@ -37,10 +37,11 @@ def median_clip(
     Returns:
       A transformation with a `ClipState`. The first W steps with a finite norm pass unclipped:
       `clip_to_limit(minimum(median(5.0), 1.0))` has a cap from the first step. Norms enter as
-      they are, not as clipped: after a lasting rise the limit is the old one for half a window
-      and then follows (64 steps by default), and after a lasting fall likewise. A constant stream
-      is never clipped: where the MAD is 0 the limit is 1.005 times the median. When more than
-      half of the window are zeros the limit is 0, and so are the updates.
+      they are, not as clipped: after a lasting change the limit is the old one for half a window
+      (64 steps by default) and then follows; with noise of 10 % a doubling passes after 30 steps,
+      and 94 to 97 after a rise or fall the limit is in place. A constant stream is never clipped:
+      where the MAD is 0 the limit is 1.005 times the median. When more than half of the window are
+      zeros the limit is 0, and so are the updates.
 
     Raises:
       ValueError: For a k that is negative or not a finite number, or a window that is not a whole
@@ -55,7 +56,7 @@ def median_clip(
     4.9652
 
     Hampel, *The Influence Curve and its Role in Robust Estimation*, JASA 69, 1974,
-    https://doi.org/10.1080/01621459.1974.10482962, section 5.1 (median and MAD); as a rule for
+    https://doi.org/10.1080/01621459.1974.10482962 (median and MAD); as a rule for
     outliers: Leys et al., *Detecting outliers: Do not use standard deviation around the mean, use
     absolute deviation around the median*, 2013, https://doi.org/10.1016/j.jesp.2013.03.013. No
     paper on gradients has it to our knowledge. Norms are bounded above alone, and the deviation

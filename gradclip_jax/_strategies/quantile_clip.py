@@ -2,9 +2,9 @@
 
 import optax
 
+from .._checks import Threshold
 from .._clip import clip_to_limit, named_strategy
 from .._devices import AxisName
-from .._limits import Threshold
 from .._limits.quantile import quantile as running_quantile
 from .._rescale import OnNonfinite
 

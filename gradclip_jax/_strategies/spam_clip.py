@@ -1,7 +1,6 @@
 """SPAM: hold each element to a multiple of its own root mean square."""
 
 import functools
-import numbers
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
+from .._checks import Threshold, check_between_0_and_1, check_threshold, check_whole_number
 from .._clip import (
     check_trees,
     init_threshold,
@@ -19,10 +19,9 @@ from .._clip import (
     record,
 )
 from .._devices import AxisName, back, filled_like, of_leaves, on_device
-from .._limits import Threshold, check_threshold, constant
-from .._limits.moments import check_between_0_and_1
+from .._limits import constant
 from .._norms import global_norm, is_gradient, widen
-from .._rescale import OnNonfinite, check_on_nonfinite, ratio, shrink
+from .._rescale import OnNonfinite, check_on_nonfinite, clamped, ratio, shrink
 
 
 @named_strategy
@@ -68,7 +67,8 @@ def spam_clip(
 
     Raises:
       ValueError: For a threshold that is negative, NaN, boolean or not a number, a `decay`
-        outside 0 to 1, `warmup_steps` that are no int of at least 0.
+        outside 0 to 1, `warmup_steps` that are no whole number of at least
+        0.
 
     >>> import gradclip_jax, jax.numpy as jnp
     >>> clip = gradclip_jax.spam_clip(4.0, decay=0.75, warmup_steps=1)
@@ -86,7 +86,7 @@ def spam_clip(
     check_on_nonfinite(on_nonfinite)
     square = constant(check_threshold("threshold", threshold))
     rate = 1 - check_between_0_and_1("decay", decay)
-    _check_warmup(warmup_steps)
+    warmup_steps = check_whole_number("warmup_steps", warmup_steps, least=0)
     fill = jnp.nan if on_nonfinite == "propagate" else 0.0
 
     def init(params):
@@ -145,17 +145,10 @@ def _changed(leaves, arrays, most, rate, *, on_nonfinite):
         # The root mean square is on the device, so that a leaf in host memory has to come there.
         x = on_device(leaf)
         new = _learned(x, rms, most, jnp.asarray(rate).astype(rms.dtype))
-        changed.append((back(_held(x, rms, most, fill=fill), leaf), new, _ratio(x, rms)))
+        limits = _limits(rms, most)
+        held = clamped(x, limits, limits, fill=fill)
+        changed.append((back(held, leaf), new, _ratio(x, rms)))
     return changed
-
-
-def _held(x: jax.Array, rms: jax.Array, most: jax.Array, *, fill: float) -> jax.Array:
-    wide, limit = widen(x), _limits(rms, most)
-    if jnp.iscomplexobj(x):
-        result = wide * shrink(jnp.abs(wide), limit).astype(wide.dtype)
-    else:
-        result = jnp.clip(wide, -limit, limit)
-    return jnp.where(jnp.isfinite(wide), result, fill).astype(x.dtype)
 
 
 def _learned(x: jax.Array, rms: jax.Array, most: jax.Array, rate: jax.Array) -> jax.Array:
@@ -210,8 +203,3 @@ def _beside(arrays: Any, updates: Any) -> list[Any]:
     if as_updates != jax.tree.structure(arrays):
         raise ValueError(f"{rule}: {jax.tree.structure(arrays)}, got {as_updates}.")
     return found
-
-
-def _check_warmup(steps: Any) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 0:
-        raise ValueError(f"`warmup_steps` must be a whole number of at least 0, got {steps!r}.")

@@ -2,14 +2,13 @@
 
 import functools
 import math
-import numbers
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from .._checks import Threshold, check_threshold, check_whole_number
 from .._clip import (
     check_norms,
     check_trees,
@@ -25,14 +24,11 @@ from .._devices import (
     any_device,
     back,
     on_device,
-    path_name,
-    per_leaf,
-    reduced_axes,
-    types_tell,
     varying_like,
 )
-from .._limits import Threshold, check_threshold, constant
-from .._norms import is_gradient, unit_norms, widen
+from .._limits import constant
+from .._matrices import check_whole_matrices, matrix_norms, powers_near, product
+from .._norms import widen
 from .._rescale import (
     OnNonfinite,
     Response,
@@ -96,8 +92,11 @@ def spectral_clip(
     [[1.  0. ]
      [0.  0.5]] [0.6 0.8]
 
-    *SPECTRA*, ICML 2026, https://arxiv.org/abs/2603.14315, the hard form; of gradients,
-    https://arxiv.org/abs/2605.11838. We depart in vectors, which the paper leaves alone.
+    Jiang, Semenov, Stich, *Enhancing LLM Training via Spectral Clipping* (SPECTRA), ICML 2026,
+    https://arxiv.org/abs/2603.14315, the hard form; of gradients: Yukhimchuk, Kolar, Takáč,
+    Choudhury, *Gradient Clipping Beyond Vector Norms: A Spectral Approach for Matrix-Valued
+    Parameters*, 2026, https://arxiv.org/abs/2605.11838. We depart in vectors, which SPECTRA leaves
+    alone.
     """
     change = functools.partial(_by_decomposition, response=response)
     return _of_matrices(max_norm, change, response, axis_name, on_nonfinite)
@@ -141,7 +140,7 @@ def soft_spectral_clip(
       by more than 0.2 %. Differentiable everywhere.
 
     Raises:
-      ValueError: As `spectral_clip`; for `iterations` that are no int of at least 1.
+      ValueError: As `spectral_clip`; for `iterations` that are no whole number of at least 1.
 
     >>> import gradclip_jax, jax.numpy as jnp
     >>> clip = gradclip_jax.soft_spectral_clip(1.0)
@@ -151,61 +150,18 @@ def soft_spectral_clip(
     [[0.707 0.   ]
      [0.    1.   ]]
 
-    *SPECTRA*, ICML 2026, https://arxiv.org/abs/2603.14315, the soft form and its algorithm. We
-    depart in float32 instead of bfloat16; in steps that are scaled (Chen, Chow, *A stable scaling
-    of Newton-Schulz for improving the sign function computation of a Hermitian matrix*, 2014),
-    because 10 plain ones serve a largest singular value up to 20 c only; in vectors, which are
-    held by the same response at every norm, not from a norm of c on; in clipping what comes in,
-    without the factor for tall matrices and the schedule that the paper gives to the updates
-    behind an optimizer (chain it there, and pass a schedule).
+    Jiang, Semenov, Stich, *Enhancing LLM Training via Spectral Clipping* (SPECTRA), ICML 2026,
+    https://arxiv.org/abs/2603.14315, the soft form and its algorithm. We depart in float32 instead
+    of bfloat16; in steps that are scaled (Chen, Chow, *A stable scaling of Newton-Schulz for
+    improving the sign function computation of a Hermitian matrix*, Argonne preprint
+    ANL/MCS-P5059-0114, 2014), because 10 plain ones serve a largest singular value up to 20 c
+    only; in vectors, which are held by the same response at every norm, not from a norm of c on;
+    in clipping what comes in, without the factor for tall matrices and the schedule that the
+    paper gives to the updates behind an optimizer (chain it there, and pass a schedule).
     """
-    is_whole = isinstance(iterations, numbers.Integral) and not isinstance(iterations, bool)
-    if not is_whole or iterations < 1:
-        raise ValueError(f"`iterations` must be a whole number of at least 1, got {iterations!r}.")
-    change = functools.partial(_by_newton_schulz, iterations=int(iterations))
+    iterations = check_whole_number("iterations", iterations)
+    change = functools.partial(_by_newton_schulz, iterations=iterations)
     return _of_matrices(max_norm, change, smooth_sqrt, axis_name, on_nonfinite)
-
-
-def check_whole(updates: Any, axis_name: AxisName) -> None:
-    """Raise when devices hold parts of matrices: singular values are those of a whole one."""
-    named = jax.tree_util.tree_leaves_with_path(updates)
-    checked = types_tell()
-    for (path, leaf), given in zip(named, per_leaf(axis_name, updates), strict=True):
-        if not is_gradient(leaf) or jnp.ndim(leaf) < 2:
-            continue
-        name, rank = path_name(path), jnp.ndim(leaf)
-        if axes := reduced_axes(name, leaf, given, (rank - 2, rank - 1), checked):
-            raise ValueError(
-                f"`updates` must hold whole matrices: those of `{name}` are split along mesh axes "
-                f"{list(axes)}, and a part does not tell singular values. Gather it first "
-                "(`jax.lax.all_gather`), or clip under `jit` with shardings."
-            )
-
-
-def matrix_norms(updates: Any, *, axis_name: AxisName = None) -> Any:
-    """Frobenius norms of matrices, the last two axes, and norms of vectors."""
-
-    def axes(path: str, leaf: Any) -> tuple[int, ...]:
-        del path
-        return tuple(range(leaf.ndim))[-2:]
-
-    return unit_norms(updates, axes=axes, axis_name=axis_name)
-
-
-def powers_near(norm: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two powers of two whose product is near 1 / norm; for one that is 0 or not finite, ones.
-
-    Of both and of their inverses none is flushed, as the inverse of the product itself would be.
-    """
-    norm = jax.lax.stop_gradient(norm)
-    exponent = jnp.frexp(jnp.where(jnp.isfinite(norm) & (norm != 0), norm, 1))[1]
-    one = jnp.ones_like(norm)
-    return jnp.ldexp(one, -(exponent // 2)), jnp.ldexp(one, exponent // 2 - exponent)
-
-
-def product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Of matrices, in the precision of their dtype: accelerators have a coarser default."""
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _of_matrices(
@@ -226,7 +182,7 @@ def _of_matrices(
     def update(updates, state, params=None, **extra_args):
         del extra_args
         check_trees(updates, params)
-        check_whole(updates, axis_name)
+        check_whole_matrices(updates, axis_name)
         value, limit_state = read_threshold(limit, state.limit_state)
         norms = matrix_norms(updates, axis_name=axis_name)
         check_norms(norms, state)

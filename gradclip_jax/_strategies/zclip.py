@@ -2,9 +2,10 @@
 
 import optax
 
+from .._checks import Threshold, check_threshold
 from .._clip import clip_to_limit, named_strategy
 from .._devices import AxisName
-from .._limits import Threshold, check_threshold, constant, minimum
+from .._limits import constant, minimum
 from .._limits.zscore import zscore
 from .._rescale import OnNonfinite
 

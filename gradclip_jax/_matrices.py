@@ -1,0 +1,51 @@
+"""What clips of matrices share: the last two axes of an array are those of a matrix."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._devices import AxisName, path_name, per_leaf, reduced_axes, types_tell
+from ._norms import is_gradient, unit_norms
+
+
+def matrix_norms(updates: Any, *, axis_name: AxisName = None) -> Any:
+    """Frobenius norms of matrices, the last two axes, and norms of vectors."""
+
+    def axes(path: str, leaf: Any) -> tuple[int, ...]:
+        del path
+        return tuple(range(leaf.ndim))[-2:]
+
+    return unit_norms(updates, axes=axes, axis_name=axis_name)
+
+
+def check_whole_matrices(updates: Any, axis_name: AxisName) -> None:
+    """Raise when devices hold parts of matrices: singular values are those of a whole one."""
+    named = jax.tree_util.tree_leaves_with_path(updates)
+    checked = types_tell()
+    for (path, leaf), given in zip(named, per_leaf(axis_name, updates), strict=True):
+        if not is_gradient(leaf) or jnp.ndim(leaf) < 2:
+            continue
+        name, rank = path_name(path), jnp.ndim(leaf)
+        if axes := reduced_axes(name, leaf, given, (rank - 2, rank - 1), checked):
+            raise ValueError(
+                f"`updates` must hold whole matrices: those of `{name}` are split along mesh axes "
+                f"{list(axes)}, and a part does not tell singular values. Gather it first "
+                "(`jax.lax.all_gather`), or clip under `jit` with shardings."
+            )
+
+
+def powers_near(norm: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two powers of two whose product is near 1 / norm; for one that is 0 or not finite, ones.
+
+    Of both and of their inverses none is flushed, as the inverse of the product itself would be.
+    """
+    norm = jax.lax.stop_gradient(norm)
+    exponent = jnp.frexp(jnp.where(jnp.isfinite(norm) & (norm != 0), norm, 1))[1]
+    one = jnp.ones_like(norm)
+    return jnp.ldexp(one, -(exponent // 2)), jnp.ldexp(one, exponent // 2 - exponent)
+
+
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Of matrices, in the precision of their dtype: accelerators have a coarser default."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
