@@ -91,7 +91,7 @@ def clip_to_limit(
 
     Returns:
       A transformation whose update also accepts `grad_norm`: a norm that is already known and is
-      used instead of measuring, where the measure is one scalar.
+      used instead of measuring, where the measure is one scalar. One below 0 counts as not finite.
 
     Raises:
       ValueError: For a threshold or a policy that may not be; in `update`, for updates of another
@@ -229,7 +229,9 @@ def known_norm(grad_norm: Any, like: jax.Array) -> jax.Array:
     """A norm that the caller measured already, as one of ours."""
     if jnp.shape(grad_norm) != ():
         raise ValueError(f"`grad_norm` must be a scalar, got shape {jnp.shape(grad_norm)}.")
-    return jnp.asarray(grad_norm).astype(like.dtype)
+    norm = jnp.asarray(grad_norm).astype(like.dtype)
+    # Some programs say -1 for an overflow; a factor of that sign would turn the step round.
+    return jnp.where(norm < 0, jnp.nan, norm)
 
 
 def hold(
