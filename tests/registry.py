@@ -17,6 +17,7 @@ import optax
 import pytest
 
 import gradclip_jax
+from gradclip_jax import Limit
 from gradclip_jax._strategies.adaptive_grad_clip import nfnets_axes
 
 Tree = Mapping[str, np.ndarray]
@@ -153,6 +154,20 @@ def capped(make: Callable[..., Any]) -> Callable[..., optax.GradientTransformati
     return build
 
 
+def under_cap(adaptive: Any, measure: Any = gradclip_jax.global_norm) -> Callable[..., Any]:
+    """The engine with an adaptive limit and a cap, which is left open and holds alone at first."""
+
+    def build(
+        limit: Any, *, axis_name: Any = None, on_nonfinite: Any = "zero"
+    ) -> optax.GradientTransformationExtraArgs:
+        both = gradclip_jax.minimum(adaptive, limit)
+        return gradclip_jax.clip_to_limit(
+            both, measure, axis_name=axis_name, on_nonfinite=on_nonfinite
+        )
+
+    return build
+
+
 OURS = [
     Strategy("clip_by_global_norm", gradclip_jax.clip_by_global_norm, everything),
     *(
@@ -211,6 +226,21 @@ OURS = [
         changes_below=True,
     ),
     Strategy("zclip", capped(gradclip_jax.zclip), everything),
+    *(
+        Strategy(name, under_cap(limit), everything, argument="limit")
+        for name, limit in {
+            "percentile": gradclip_jax.percentile(window=4),
+            "median": gradclip_jax.median(window=4),
+            "ema": gradclip_jax.ema(),
+            "quantile": gradclip_jax.quantile(init=3e38),
+        }.items()
+    ),
+    Strategy(
+        "growth",
+        under_cap(gradclip_jax.growth(), gradclip_jax.leaf_norms),
+        leaves,
+        argument="limit",
+    ),
     Strategy("clip_by_value", gradclip_jax.clip_by_value, elements, argument="limit"),
     Strategy("clip_by_value[pair]", between, elements, argument="upper"),
 ]
@@ -278,4 +308,13 @@ def public_strategies() -> list[str]:
         for name, value in vars(gradclip_jax).items()
         if inspect.isfunction(value)
         and "GradientTransformation" in str(inspect.signature(value).return_annotation)
+    ]
+
+
+def public_limits() -> list[str]:
+    """Names of the public limits, read off their annotations."""
+    return [
+        name
+        for name, value in vars(gradclip_jax).items()
+        if inspect.isfunction(value) and inspect.signature(value).return_annotation is Limit
     ]

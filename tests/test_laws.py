@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from registry import OF_OPTAX, OURS, STRATEGIES, Strategy, public_strategies, seen, wide
+from registry import (
+    OF_OPTAX,
+    OURS,
+    STRATEGIES,
+    Strategy,
+    public_limits,
+    public_strategies,
+    seen,
+    wide,
+)
 
 import gradclip_jax
 
@@ -46,14 +55,20 @@ def tolerance(*trees) -> float:
 
 
 def test_every_public_strategy_is_in_the_registry():
-    registered = {strategy.name.split("[")[0] for strategy in OURS}
-    # Those without a threshold of their own have their laws beside their limits.
+    registered = {strategy.name.split("[")[0] for strategy in OURS} - set(public_limits())
+    # These have no threshold of their own: it is their limits that the laws run over, under a cap.
     adaptive = {"adagc", "autoclip", "ema_clip", "limit_norm_growth", "median_clip",
                 "percentile_clip", "quantile_clip"}  # fmt: skip
     unlike_a_norm = {"clip_by_dual_norm", "soft_spectral_clip", "spam_clip", "spectral_clip"}
     wrappers = {"clip21", "error_feedback", "skip_nonfinite", "skip_spikes"}
     others = {"clip_to_limit", "zero_nonfinite"} | adaptive | unlike_a_norm | wrappers
     assert set(public_strategies()) - others == registered
+
+
+def test_every_public_limit_is_in_the_registry():
+    registered = {strategy.name for strategy in OURS}
+    # Of a constant and of two limits all others are made; zclip is a z-score under a cap.
+    assert set(public_limits()) - registered == {"constant", "minimum", "maximum", "zscore"}
 
 
 @all_strategies
