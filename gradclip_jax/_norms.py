@@ -347,11 +347,22 @@ def _over_leaves(leaves, dims, of_leaf, cells, *, numbers=None, join=jnp.add):
     for position, cell in enumerate(cells):
         number = () if numbers is None else numbers[position]
         parts = [
-            reduced_in_place(functools.partial(of_leaf, dims=dims[i]), leaves[i], *number)
+            reduced_in_place(functools.partial(of_leaf, dims=dims[i]), *apart((leaves[i], *number)))
             for i in cell.members
         ]
+        # Else XLA adds arrays of one shape and keeps their sum, to reduce that.
+        parts = apart(parts) if len(parts) > 1 else parts
         reduced.append(functools.reduce(join, parts) if parts else jnp.zeros((), norm_dtype()))
     return reduced
+
+
+def apart(x):
+    """`x`, but what is computed of it is shared with nothing else that is computed of the same.
+
+    The squares of gradients are in the optimizer, too: XLA would keep them for it, or a float32
+    copy of bfloat16, or a factor broadcast to the shape of several leaves.
+    """
+    return jax.lax.optimization_barrier(x)
 
 
 def _over_devices(cells, group_count, of_cells, collective, join):

@@ -30,7 +30,8 @@ def shrink(norm: jax.Array, limit: jax.Array, *, eps: float = 0.0) -> jax.Array:
     """
     norm = norm + eps if eps else norm
     over = norm > limit
-    return jnp.where(over, limit / jnp.where(over, norm, 1), 1)
+    # The quotient comes last: XLA computes what ends in one once, and a select again in each leaf.
+    return jnp.where(over, limit, 1) / jnp.where(over, norm, 1)
 
 
 def normalize(norm: jax.Array, limit: jax.Array) -> jax.Array:
@@ -133,8 +134,10 @@ def factors(norm: jax.Array, limit: jax.Array, response: Response) -> tuple[jax.
     # The scaled norm must still be above the limit, or `drop` would let it pass.
     down = (once < 2.0**-100) & (norm * 2.0**-64 > jnp.maximum(limit, 1))
     up = (once > 2.0**100) & (norm < 2.0**-26)
-    power = jnp.where(down, 2.0**-64, jnp.where(up, 2.0**64, 1.0)).astype(norm.dtype)
-    return jnp.where(down | up, response(norm * power, limit), once), power
+    # A quotient, too, for the same reason.
+    one = jnp.ones_like(norm)
+    power = jnp.where(down, 2.0**-64, one) / jnp.where(up, 2.0**-64, one)
+    return response(norm * power, limit), power
 
 
 def rescale(

@@ -74,6 +74,16 @@ def test_a_clip_of_bfloat16_makes_no_float32_copy():
     assert memory.temp_size_in_bytes < 0.05 * BYTES / 2
 
 
+@fused_sums
+@pytest.mark.parametrize(("dtype", "make"), [(jnp.float32, optax.adamw), (jnp.bfloat16, optax.sgd)])
+def test_arrays_of_one_shape_are_not_added_before_they_are_reduced(dtype, make, standard_promotion):
+    """XLA makes the sum of two sums one of all elements, for which it keeps a sum of arrays."""
+    params = {name: jnp.ones((512, 512), dtype) for name in "abcd"}
+    step = compiled_step(gradclip_jax.clip_by_global_norm(1.0), make(1e-3), params, False)
+    size = sum(array.nbytes for array in params.values())
+    assert step.memory_analysis().temp_size_in_bytes < 0.01 * size
+
+
 def test_a_changed_threshold_in_the_state_does_not_recompile():
     clip = optax.inject_hyperparams(gradclip_jax.clip_by_global_norm)(max_norm=1.0)
     step = jax.jit(clip.update)
