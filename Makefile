@@ -15,7 +15,10 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input
 USABLE = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help demo test lint format notebooks reference clean
+# In this order they are the sections of benchmarks/results/<machine>.md.
+BENCHMARKS = step_overhead norm compile_time strategies scaling
+
+.PHONY: help demo test bench lint format notebooks reference clean
 
 help:  ## show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -24,13 +27,19 @@ help:  ## show this help
 	@echo "  VENV=.venv-3.12       the environment directory"
 	@echo "  PINS='jax==0.10.1'    further requirements for a new environment"
 	@echo "  OPTIMIZED=1           test programs that XLA optimizes as it does by default: slower"
-	@echo "  ARGS='-k zero -x'     further arguments for pytest, or for the demo"
+	@echo "  ARGS='-k zero -x'     further arguments for pytest, the demo or the benchmarks"
 
 demo: $(VENV)/.examples  ## train the language model with and without a clip, and draw both
 	@$(BIN)/python $(DEMO) $(ARGS)
 
 test: $(VENV)/.dev  ## run the test suite
 	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+# PyTorch is measured too where it is installed: make bench VENV=.venv-bench PINS=torch
+bench: $(VENV)/.examples  ## measure this library beside its peers (20 minutes of a quiet machine)
+	@for name in $(BENCHMARKS); do \
+	  $(BIN)/python benchmarks/$$name.py --out benchmarks/results $(ARGS) || exit; \
+	done
 
 lint: $(VENV)/.dev  ## check style, format and types
 	@$(BIN)/ruff check .
