@@ -40,10 +40,8 @@ def median(k: Threshold = 5.0, *, window: int = 128) -> Limit:
     >>> print(f"{limit:.4f}")  # 2 + 2 * 1.4826 * 1
     4.9652
     """
-    k, window = (
-        check_number("k", k, "be a finite number of at least 0", 0),
-        check_whole_number("window", window),
-    )
+    k = check_number("k", k, "be a finite number of at least 0", 0)
+    window = check_whole_number("window", window)
 
     def init(norm: jax.Array) -> jax.Array:
         return empty_window(norm, window)

@@ -67,8 +67,7 @@ def spam_clip(
 
     Raises:
       ValueError: For a threshold that is negative, NaN, boolean or not a number, a `decay`
-        outside 0 to 1, `warmup_steps` that are no whole number of at least
-        0.
+        outside 0 to 1, `warmup_steps` that are no whole number from 0 on.
 
     >>> import gradclip_jax, jax.numpy as jnp
     >>> clip = gradclip_jax.spam_clip(4.0, decay=0.75, warmup_steps=1)
