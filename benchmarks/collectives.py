@@ -35,6 +35,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import numpy as np
 import optax
+from harness import table
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import gradclip_jax
@@ -399,12 +400,6 @@ def first_words(error: Exception) -> str:
     return f"error: {' '.join(words[:12])} …"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 def report(mesh: Mesh, counts: Sequence[int], command: str) -> str:
     """Both tables, and what they were made with."""
     costs, checks = [], []
@@ -430,8 +425,8 @@ def report(mesh: Mesh, counts: Sequence[int], command: str) -> str:
         side=2 * mesh.size,
         correctness=table(
             ["style", *(f"{what}: {who}" for what in CHECKED for who in LIBRARIES)], checks
-        ),
-        communication=table(["leaves", "style", "library", *COUNTED], costs),
+        ).strip(),
+        communication=table(["leaves", "style", "library", *COUNTED], costs).strip(),
     )
 
 

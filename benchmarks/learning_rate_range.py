@@ -17,7 +17,6 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from harness import machine, table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -353,12 +353,6 @@ def report(all_runs: Mapping[str, Mapping[str, Runs]], **facts: Any) -> str:
     return "\n".join(parts)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
 def figure(all_runs: Mapping[str, Mapping[str, Runs]]) -> Figure:
     """A heat map of the loss for each model and condition."""
     clips = max(len(runs) for runs in all_runs.values())
@@ -419,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command=shlex.join(["python", "benchmarks/learning_rate_range.py", *given]),
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
         python=platform.python_version(),
-        machine=f"{os.cpu_count()} cores of {processor()}",
+        machine=machine(),
         date=datetime.date.today().isoformat(),
         text="the prose that Python ships" if args.data is None else args.data.name,
         units=UNITS, batch=BATCH, length=LENGTH, steps=args.steps, seeds=SEEDS, every=EVERY,
@@ -547,15 +541,6 @@ def version_of(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "from source"
-
-
-def processor() -> str:
-    """The model name of the CPU, where Linux tells it."""
-    try:
-        found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

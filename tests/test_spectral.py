@@ -12,7 +12,7 @@ import pytest
 from conftest import make_mesh
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from gradclip_jax import drop, metrics, smooth_sqrt
+from gradclip_jax import clip_by_dual_norm, drop, metrics, smooth_sqrt
 from gradclip_jax._strategies.spectral_clip import soft_spectral_clip, spectral_clip
 
 by_decomposition = functools.partial(spectral_clip, response=smooth_sqrt)
@@ -355,11 +355,13 @@ def test_stacks_may_be_split_over_devices_and_matrices_may_not(mesh):
         )
 
 
-def test_a_leaf_in_host_memory_stays_there():
+@pytest.mark.parametrize(
+    "clip", [spectral_clip(1.0), clip_by_dual_norm(1.0)], ids=["spectral", "dual_norm"]
+)
+def test_a_leaf_in_host_memory_stays_there(clip):
     updates = {"w": jnp.array([[3.0, 0.0], [0.0, 0.5]]), "b": jnp.ones(2)}
     host = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
     mixed = {**updates, "w": jax.device_put(updates["w"], host)}
-    clip = spectral_clip(1.0)
     result, _ = jax.jit(clip.update)(mixed, clip.init(mixed))
     expected, _ = clip.update(updates, clip.init(updates))
     assert result["w"].sharding.memory_kind == "pinned_host"
