@@ -18,7 +18,7 @@ from ._devices import (
     varying_like,
 )
 from ._limits import Limit, as_limit, observe
-from ._norms import GroupNorms, global_norm, is_gradient, norm_dtype, spread
+from ._norms import GroupNorms, global_norm, in_rows, is_gradient, norm_dtype, spread
 from ._rescale import OnNonfinite, Response, check_on_nonfinite, factors, rescale, shrink
 
 Measure = Callable[..., Any]
@@ -284,14 +284,16 @@ def _held(leaves, norms, limits, *, index, response, on_nonfinite):
     limits = [varying_like(limit, norm) for limit, norm in zip(limits, norms, strict=True)]
     finite = [jnp.isfinite(norm) for norm in norms]
     nonfinite_factor = jnp.nan if on_nonfinite == "propagate" else 0.0
-    first, second, clipped = [], [], []
+    first, second = [], []
     for norm, limit, is_finite in zip(norms, limits, finite, strict=True):
         factor, power = factors(norm, limit, response)
         first.append(jnp.where(is_finite, factor, nonfinite_factor).astype(norm.dtype))
         second.append(power)
-        clipped.append(jnp.any(is_finite & (norm > limit)))
     of_leaf = [[parts[i] for i in index] for parts in (first, second, finite)]
-    flags = jnp.stack([_any(clipped), _any([jnp.any(~ok) for ok in finite])])
+    of_norm = [jnp.broadcast_to(limit, n.shape) for n, limit in zip(norms, limits, strict=True)]
+    rows = list(zip(in_rows(norms), in_rows(of_norm), strict=True))
+    clipped = _any([jnp.any(jnp.isfinite(norm) & (norm > limit)) for norm, limit in rows])
+    flags = jnp.stack([clipped, _any([jnp.any(~jnp.isfinite(norm)) for norm, _ in rows])])
     whole = [one * power for one, power in zip(first, second, strict=True)]
     leaves = rescale(leaves, *of_leaf, on_nonfinite=on_nonfinite)
     return leaves, limits, whole, flags

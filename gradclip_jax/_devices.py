@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.core import Tracer
 from jax.experimental import compute_on as _compute_on
 from jax.sharding import PartitionSpec
 
@@ -51,6 +52,20 @@ def types_tell() -> bool:
     """Whether `shard_map` checks types here (`check_vma=True`), so that they can be believed."""
     axes = manual_axes()
     return bool(axes) and bool(varying_axes(jax.lax.axis_index(axes[0])))
+
+
+def unsplit(leaves: Sequence[Any]) -> bool:
+    """Whether it is known that each leaf lies in the memory of one device.
+
+    Of what is traced the compiler decides later how it is split, unless there is one device only
+    or all axes of the mesh are manual.
+    """
+    if any(_in_host_memory(leaf) for leaf in leaves):
+        return False
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        return len(mesh.manual_axes) == len(mesh.axis_names)
+    return jax.device_count() == 1 or all(_on_one_device(leaf) for leaf in leaves)
 
 
 def per_leaf(axis_name: AxisName, tree: Any) -> list[Any]:
@@ -242,6 +257,12 @@ def _in_place(
 
 def _in_host_memory(x: Any) -> bool:
     return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
+def _on_one_device(x: Any) -> bool:
+    if isinstance(x, Tracer):
+        return False
+    return not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1
 
 
 def _is_masked(x: Any) -> bool:

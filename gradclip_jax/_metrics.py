@@ -1,5 +1,7 @@
 """Read what clips and guards saw and did out of any optimizer state."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 from ._clip import ClipState, NonfiniteState
 from ._devices import path_name, types_tell
 from ._guards import SkipState
-from ._norms import global_norm
+from ._norms import global_norm, in_rows
 
 
 def metrics(opt_state: Any, *, per_group: bool = False) -> dict[str, jax.Array]:
@@ -94,26 +96,43 @@ def _of_clip(state: ClipState, per_group: bool) -> dict[str, jax.Array]:
     norms = jax.tree.leaves(state.grad_norm)
     limits = jax.tree.leaves(state.clip_limit)
     factors = jax.tree.leaves(state.clip_factor)
-    pairs = zip(norms, limits, strict=True)
-    above = [jnp.sum(jnp.isfinite(norm) & (norm > limit)) for norm, limit in pairs]
-    groups = max(sum(norm.size for norm in norms), 1)
     values = {
-        "grad_norm": _joint_norm(norms),
-        "clip_limit": _smallest(limits, jnp.inf),
-        "clip_factor": _smallest(factors, 1.0),
-        "clipped": jnp.asarray(sum(above), jnp.float32) / groups,
+        **_named(_of_groups(norms, limits, factors)),
         "clip_count": _only_array(state.clip_count),
         "nonfinite_count": _only_array(state.nonfinite_count),
         "step_count": _only_array(state.step_count),
     }
     if per_group and len(norms) > 1:
-        named = jax.tree_util.tree_leaves_with_path(state.grad_norm)
-        for (path, norm), limit, factor in zip(named, limits, factors, strict=True):
-            name = path_name(path)
-            values[f"grad_norm/{name}"] = _joint_norm([norm])
-            values[f"clip_limit/{name}"] = _smallest([limit], jnp.inf)
-            values[f"clip_factor/{name}"] = _smallest([factor], 1.0)
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.grad_norm)]
+        for path, of_group in zip(paths, _of_each_group(norms, limits, factors), strict=True):
+            named = _named(of_group[:3])
+            values |= {f"{key}/{path_name(path)}": value for key, value in named.items()}
     return values
+
+
+def _named(values: Sequence[jax.Array]) -> dict[str, jax.Array]:
+    names = ("grad_norm", "clip_limit", "clip_factor", "clipped")
+    return dict(zip(names, values, strict=False))
+
+
+# Called eagerly these are one cached program for each number of groups.
+@functools.partial(jax.jit, inline=True)
+def _of_groups(norms, limits, factors):
+    pairs = zip(in_rows(norms), in_rows(limits), strict=True)
+    above = [jnp.sum(jnp.isfinite(norm) & (norm > limit)) for norm, limit in pairs]
+    groups = max(sum(norm.size for norm in norms), 1)
+    return (
+        _joint_norm(norms),
+        _smallest(limits, jnp.inf),
+        _smallest(factors, 1.0),
+        jnp.asarray(sum(above), jnp.float32) / groups,
+    )
+
+
+@functools.partial(jax.jit, inline=True)
+def _of_each_group(norms, limits, factors):
+    groups = zip(norms, limits, factors, strict=True)
+    return [_of_groups([norm], [limit], [factor]) for norm, limit, factor in groups]
 
 
 def _found(opt_state: Any) -> list[Any]:
@@ -145,11 +164,11 @@ def _only_array(x: Any) -> jax.Array:
 def _joint_norm(norms: list[jax.Array]) -> jax.Array:
     if len(norms) == 1 and norms[0].ndim == 0:
         return norms[0]
-    return global_norm(norms, axis_name=None if types_tell() else ())
+    return global_norm(in_rows(norms), axis_name=None if types_tell() else ())
 
 
 def _smallest(values: list[jax.Array], default: float) -> jax.Array:
     if len(values) == 1 and values[0].ndim == 0:
         return values[0]
-    smallest = [jnp.min(value, initial=jnp.inf) for value in values if value.size]
+    smallest = [jnp.min(value, initial=jnp.inf) for value in in_rows(values) if value.size]
     return jnp.min(jnp.stack(smallest)) if smallest else jnp.asarray(default, jnp.float32)

@@ -21,7 +21,7 @@ from .._clip import (
 from .._devices import AxisName, filled_like, types_tell
 from .._limits import Limit, constant, observe
 from .._limits.moments import learned, moved
-from .._norms import global_norm, leaf_norms
+from .._norms import global_norm, in_rows, leaf_norms
 from .._rescale import OnNonfinite, check_on_nonfinite
 
 
@@ -131,7 +131,7 @@ def adagc(
 def _limits_and_levels(norms, levels, max_norm, warm, ratio, decay):
     finite = [jnp.where(jnp.isfinite(norm), norm, 0) for norm in norms]
     # They are reduced over devices already.
-    joint = global_norm(finite, axis_name=None if types_tell() else ())
+    joint = global_norm(in_rows(finite), axis_name=None if types_tell() else ())
     over = joint > max_norm
 
     def update(norm: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:
