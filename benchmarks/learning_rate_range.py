@@ -36,9 +36,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from lm.data import Corpus, InputError, load_corpus, write_atomically
-from lm.model import LanguageModel
-from lm.transformer import Sizes, Transformer, next_token_loss
+from shared.command_line import InputError
+from shared.data import Corpus, load_corpus, write_atomically
+from shared.model import LanguageModel
+from shared.transformer import Sizes, Transformer, next_token_loss
 
 import gradclip_jax
 

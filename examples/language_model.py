@@ -16,7 +16,6 @@ import ast
 import difflib
 import inspect
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,15 +26,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from lm.data import Corpus, InputError, WittenBell, load_corpus, segments
-from lm.model import CELLS, LanguageModel, sample, score, train_step
-from lm.run import (
+from shared.command_line import InputError, Parser, console
+from shared.data import Corpus, WittenBell, load_corpus, segments, user_cache
+from shared.model import LanguageModel, sample, score, train_step
+from shared.recurrent import CELLS
+from shared.run import (
     SCALARS,
     Checkpoints,
     History,
     Result,
     board,
-    console,
     finished,
     progress,
     report,
@@ -77,11 +77,6 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     report(results, baselines, args.out)
     return 0
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -128,14 +123,6 @@ def command_line() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("runs/language_model"), help="directory of the run")
     add("--cache", type=Path, default=user_cache(), help="directory of the built-in corpus")
     return parser
-
-
-def user_cache() -> Path:
-    home = {
-        "win32": os.environ.get("LOCALAPPDATA", "~/AppData/Local"),
-        "darwin": "~/Library/Caches",
-    }.get(sys.platform, os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return Path(home).expanduser() / "gradclip_jax"
 
 
 def check_sizes(args: argparse.Namespace) -> None:

@@ -27,15 +27,15 @@ import optax
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec as P
-from language_model import Parser, user_cache
-from lm import launch
-from lm.checkpoints import ShardedCheckpoints, checksum
-from lm.data import Corpus, InputError, load_corpus
-from lm.parallel import STYLES, Style
-from lm.run import SCALARS, History, console, progress, saved_result, saved_steps, write_json
-from lm.transformer import Sizes, Transformer, next_token_loss
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from shared import launch
+from shared.checkpoints import ShardedCheckpoints, checksum
+from shared.command_line import InputError, Parser, console
+from shared.data import Corpus, load_corpus, user_cache
+from shared.parallel import STYLES, Style
+from shared.run import SCALARS, History, progress, saved_result, saved_steps, write_json
+from shared.transformer import Sizes, Transformer, next_token_loss
 
 import gradclip_jax
 

@@ -25,7 +25,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import language_model  # noqa: E402
-from lm import data, model as lm_model, run as lm_run  # noqa: E402
+from shared import data, model as lm_model, recurrent, run as lm_run  # noqa: E402
 
 WORDS = ["the", "norm", "of", "a", "gradient", "is", "held", "to", "its", "limit", "at", "each"]
 
@@ -540,7 +540,7 @@ def test_an_lstm_step_is_that_of_flax():
     # Flax keeps the bias with the recurrent weights, in the same order of gates: i, f, g, o.
     assert cell.dense_h.bias is not None
     inputs = x @ cell.dense_i.kernel[...] + cell.dense_h.bias[...]
-    ours = lm_model.lstm_step(inputs, (h, c), cell.dense_h.kernel[...])
+    ours = recurrent.lstm_step(inputs, (h, c), cell.dense_h.kernel[...])
     np.testing.assert_allclose(ours, (new_h, new_c), rtol=1e-5, atol=1e-6)
 
 

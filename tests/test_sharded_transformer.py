@@ -25,9 +25,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import sharded_transformer  # noqa: E402
-from lm.checkpoints import checksum  # noqa: E402
-from lm.parallel import STYLES, Style  # noqa: E402
-from lm.transformer import next_token_loss  # noqa: E402
+from shared.checkpoints import checksum  # noqa: E402
+from shared.parallel import STYLES, Style  # noqa: E402
+from shared.transformer import next_token_loss  # noqa: E402
 
 SCRIPT = str(ROOT / "examples" / "sharded_transformer.py")
 SIZES = ["--layers", "1", "--units", "16", "--heads", "2", "--context", "8", "--batch", "16"]

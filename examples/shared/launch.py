@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from .data import InputError
+from .command_line import InputError
 from .run import make_directory
 
 # A process that meets a dead peer ends by itself, with its own message, within about a second.

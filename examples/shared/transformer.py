@@ -23,7 +23,7 @@ class Layout:
     """How the model reads a weight and sums over a split dimension; here nothing is split.
 
     Under `jit` with automatic shardings XLA does both by itself, so that this serves there too.
-    `lm.parallel` has the layouts for explicit axes and for `shard_map`.
+    `shared.parallel` has the layouts for explicit axes and for `shard_map`.
     """
 
     def whole(self, weight: nnx.Param) -> jax.Array:

@@ -18,12 +18,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from tensorboardX import SummaryWriter
 
-from .data import InputError, write_atomically
+from .command_line import InputError, console
+from .data import write_atomically
 
 SCALARS = ("loss", "grad_norm", "clip_limit", "clip_factor", "clipped")
 RECENT = 100  # steps over which the progress line averages
@@ -32,7 +32,6 @@ History = dict[str, list]
 # Orbax warns of every checkpoint that is only read, and tensorboardX of every loss that is NaN.
 for name in ("absl", "tensorboardX.x2num"):
     logging.getLogger(name).setLevel(logging.ERROR)
-console = Console(soft_wrap=True, highlight=False)
 
 
 class Result(NamedTuple):
@@ -243,8 +242,10 @@ def board(out: Path, step: int) -> Iterator[SummaryWriter]:
 
 
 @contextlib.contextmanager
-def progress(title: str, steps: int, step: int, tokens: int) -> Iterator[Callable[..., None]]:
-    """A function of step and history that shows where the run is; `tokens` go into each step."""
+def progress(
+    title: str, steps: int, step: int, per_step: int, unit: str = "tokens"
+) -> Iterator[Callable[..., None]]:
+    """A function of step and history that shows where the run is and how fast it goes."""
     # A terminal of 80 columns has room for a short bar; the title stands above it.
     columns = (
         BarColumn(bar_width=10), MofNCompleteColumn(),
@@ -258,12 +259,13 @@ def progress(title: str, steps: int, step: int, tokens: int) -> Iterator[Callabl
 
         def show(step: int, history: History) -> None:
             nonlocal last_line
-            recent = {name: np.mean(history[name][-RECENT:]) for name in SCALARS}
-            speed = (step - first) * tokens / (time.monotonic() - start)
-            line = (
-                f"loss {recent['loss']:.3f}  {speed:,.0f} tokens/s  "
-                f"norm {recent['grad_norm']:.3g}  clipped {recent['clipped']:.0%}"
-            )
+            shown = [name for name in ("loss", "grad_norm", "clipped") if history.get(name)]
+            recent = {name: np.mean(history[name][-RECENT:]) for name in shown}
+            speed = (step - first) * per_step / (time.monotonic() - start)
+            line = f"loss {recent['loss']:.3f}  {speed:,.0f} {unit}/s"
+            if "grad_norm" in recent:
+                clipped = recent["clipped"]
+                line += f"  norm {recent['grad_norm']:.3g}  clipped {clipped:.0%}"
             bars.update(task, completed=step, line=line)
             due = time.monotonic() - last_line > PLAIN_LINE_SECONDS or step == steps
             if not console.is_terminal and due:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .command_line import InputError
+
 UNKNOWN = "<unk>"
 END = "<eos>"
 SPLITS = ("train", "valid", "test")
@@ -22,10 +24,6 @@ SKIPPED = frozenset(
     {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
     | {"site-packages", "dist-packages"}
 )
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used; the message is all that needs to be shown."""
 
 
 class Corpus(NamedTuple):
@@ -76,6 +74,14 @@ def load_corpus(data: Path | None, level: str, vocabulary_size: int, cache: Path
     number = {token: i for i, token in enumerate(vocabulary)}
     arrays = [np.array([number.get(token, 0) for token in split], np.int32) for split in splits]
     return Corpus(level, vocabulary, *arrays)
+
+
+def user_cache() -> Path:
+    home = {
+        "win32": os.environ.get("LOCALAPPDATA", "~/AppData/Local"),
+        "darwin": "~/Library/Caches",
+    }.get(sys.platform, os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(home).expanduser() / "gradclip_jax"
 
 
 def tokenise(text: str, level: str, word: str) -> list[str]:

@@ -1,0 +1,59 @@
+"""What every example's command line does alike: options, and refusals in one line."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message is all that needs to be shown."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses bad input in one line on stderr with exit status 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def command_line(doc: str | None, out: str) -> Parser:
+    """A parser that shows the docstring of the example and has the options of every run."""
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path("runs", out), help="directory of the run")
+    return parser
+
+
+def check_number(name: str, value: float | None, low: float, high: float = math.inf) -> None:
+    """Raise unless the option is None or between `low` and `high`, both included."""
+    if value is not None and not low <= value <= high:
+        rule = f"at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+        raise InputError(f"`--{name.replace('_', '-')}` must be {rule}, got {value:g}.")
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    main: Callable[[argparse.Namespace], None],
+    argv: list[str] | None = None,
+) -> int:
+    """The exit status of `main`: 0, 2 for bad input, 130 for Ctrl-C."""
+    args = parser.parse_args(argv)
+    try:
+        if args.out.exists() and not args.out.is_dir():
+            raise InputError(f"`--out` must be a directory, got the file {args.out}.")
+        check_number("seed", args.seed, 0)
+        main(args)
+    except InputError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        console.print(f"Stopped. The same command continues from the last checkpoint in {args.out}")
+        return 130
+    return 0
