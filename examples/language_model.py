@@ -49,13 +49,37 @@ import gradclip_jax
 FETCH_EVERY = 20
 # Where a run lies and how often it is saved do not change its numbers; the text is compared by
 # its digest.
-NOT_COMPARED = {"out", "cache", "data", "checkpoint_every", "compare"}
+NOT_COMPARED = {"out", "cache", "data", "checkpoint_every", "compare", "preset"}
+
+# Zaremba et al. 2014, section 4.1: plain SGD at rate 1, evaluated as one stream.
+ZAREMBA = {
+    "level": "word", "layers": 2, "forget_bias": 0.0, "batch": 20, "max_norm": 5.0,
+    "learning_rate": 1.0, "momentum": 0.0, "eval_streams": 1,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "zaremba-small": ZAREMBA | {
+        "units": 200, "unroll": 20, "init_scale": 0.1, "dropout": 0.0,
+        "epochs": 13, "constant_epochs": 4, "epoch_divisor": 2.0,
+    },
+    "zaremba-medium": ZAREMBA | {
+        "units": 650, "unroll": 35, "init_scale": 0.05, "dropout": 0.5,
+        "epochs": 39, "constant_epochs": 6, "epoch_divisor": 1.2,
+    },
+    "zaremba-large": ZAREMBA | {
+        "units": 1500, "unroll": 35, "init_scale": 0.04, "dropout": 0.65, "max_norm": 10.0,
+        "epochs": 55, "constant_epochs": 14, "epoch_divisor": 1.15,
+    },
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; bad input ends in one line on stderr and exit status 2."""
     parser = command_line()
     args = parser.parse_args(argv)
+    if args.preset:
+        # What is given beside the preset still counts.
+        parser.set_defaults(**PRESETS[args.preset])
+        args = parser.parse_args(argv)
     try:
         check_sizes(args)
         names = [args.clip, "none"] if args.compare else [args.clip]
@@ -86,6 +110,7 @@ def command_line() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    add("--preset", choices=list(PRESETS), help="all options of a published recipe")
     add("--data", type=Path, help="text file, or directory with train, valid and test files")
     add("--level", choices=["char", "word"], default="char")
     add("--vocabulary", type=int, default=10_000, help="tokens kept; the others are <unk>")
@@ -107,6 +132,9 @@ def command_line() -> argparse.ArgumentParser:
     add("--momentum", type=float, default=0.9, help="of --optimizer sgd")
     add("--decay-from", type=float, default=0.5, metavar="FRACTION",
         help="part of the run after which the learning rate falls linearly to 0")  # fmt: skip
+    add("--epoch-divisor", type=float, metavar="FACTOR",
+        help="instead: divide the learning rate by this after every epoch")  # fmt: skip
+    add("--constant-epochs", type=int, default=1, help="epochs before the first such division")
     add("--clip", default="clip_by_global_norm", help="any strategy of gradclip_jax, or none")
     add("--max-norm", type=float, help="first argument of the strategy; 5 where it must have one")
     add("--clip-arg", action="append", default=[], metavar="KEY=VALUE")
@@ -126,9 +154,9 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def check_sizes(args: argparse.Namespace) -> None:
-    least = dict.fromkeys(("layers", "units", "batch", "unroll", "epochs", "checkpoint_every"), 1)
-    for name, low in {**least, "steps": 1, "eval_streams": 1, "vocabulary": 2, "sample": 0,
-                      "seed": 0}.items():  # fmt: skip
+    sizes = ("layers", "units", "batch", "unroll", "epochs", "checkpoint_every", "constant_epochs")
+    least = dict.fromkeys((*sizes, "steps", "eval_streams"), 1)
+    for name, low in {**least, "vocabulary": 2, "sample": 0, "seed": 0}.items():
         value = getattr(args, name)
         if value is not None and value < low:
             raise InputError(f"`--{name.replace('_', '-')}` must be at least {low}, got {value}.")
@@ -136,7 +164,7 @@ def check_sizes(args: argparse.Namespace) -> None:
         raise InputError(f"`--dropout` must be at least 0 and below 1, got {args.dropout}.")
     if not 0 <= args.decay_from <= 1:
         raise InputError(f"`--decay-from` must lie between 0 and 1, got {args.decay_from}.")
-    for name in ("learning_rate", "init_scale", "cotangent_limit"):
+    for name in ("learning_rate", "init_scale", "cotangent_limit", "epoch_divisor"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"`--{name.replace('_', '-')}` must be positive, got {value}.")
@@ -162,16 +190,22 @@ def check_corpus(corpus: Corpus, args: argparse.Namespace) -> None:
 
 
 def build_optimizer(
-    args: argparse.Namespace, name: str, steps: int
+    args: argparse.Namespace, name: str, steps: int, per_epoch: int = 1
 ) -> optax.GradientTransformationExtraArgs:
     """The clip `name` in front of the optimizer; refuses names and arguments that do not fit."""
-    start = round(args.decay_from * steps)
-    learning_rate = optax.linear_schedule(args.learning_rate, 0.0, max(steps - start, 1), start)
+    if args.epoch_divisor:
+        start = (args.constant_epochs - 1) * per_epoch
+        learning_rate = optax.exponential_decay(
+            args.learning_rate, per_epoch, 1 / args.epoch_divisor, start, staircase=True
+        )
+    else:
+        start = round(args.decay_from * steps)
+        learning_rate = optax.linear_schedule(args.learning_rate, 0.0, max(steps - start, 1), start)
     optimizers = {k: f for k, f in vars(optax).items() if _first_parameter(f) == "learning_rate"}
     clips = {k: f for k, f in vars(gradclip_jax).items() if is_strategy(f)}
     keywords = _keywords(args.optimizer_arg, "--optimizer-arg")
     if args.optimizer == "sgd":
-        keywords = {"momentum": args.momentum, **keywords}
+        keywords = {"momentum": args.momentum or None, **keywords}
     optimizer = _call("--optimizer", args.optimizer, optimizers, [learning_rate], keywords)
     if name == "none":
         # Measures and lets everything pass, so that the plots show what the optimizer saw.
@@ -277,7 +311,7 @@ def train(args: argparse.Namespace, clip: str, corpus: Corpus, out: Path) -> Res
         scale=args.init_scale, forget_bias=args.forget_bias, cotangent_limit=args.cotangent_limit,
         rngs=nnx.Rngs(args.seed),
     )  # fmt: skip
-    optimizer = nnx.Optimizer(model, build_optimizer(args, clip, steps), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, build_optimizer(args, clip, steps, per_epoch), wrt=nnx.Param)
     streams = args.eval_streams or args.batch
     valid = list(segments(corpus.valid, streams, args.unroll))
     # Whole pieces only: the network shall not learn the padding.

@@ -72,6 +72,32 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     return line
 
 
+# Presets
+
+
+def test_a_preset_sets_what_is_not_given(text):
+    """Zaremba et al. 2014, section 4.1; sizes are made smaller so that it takes a second."""
+    words = ["--vocabulary", "50", "--layers", "1"]
+    assert language_model.main([*options(text, *words), "--preset", "zaremba-small"]) == 0
+    config = json.loads((text.parent / "run" / "config.json").read_text())
+    assert config["units"] == 8
+    assert config["init_scale"] == 0.1
+    assert (config["epochs"], config["constant_epochs"], config["epoch_divisor"]) == (13, 4, 2.0)
+    assert (config["level"], config["momentum"], config["max_norm"]) == ("word", 0.0, 5.0)
+
+
+def test_the_rate_is_divided_after_every_epoch_but_the_first_ones():
+    args = language_model.command_line().parse_args(["--clip", "none", "--momentum", "0"])
+    args.learning_rate, args.epoch_divisor, args.constant_epochs = 1.0, 2.0, 4
+    chain = language_model.build_optimizer(args, "none", steps=21, per_epoch=3)
+    params, rates = jnp.ones(()), []
+    state = chain.init(params)
+    for _ in range(21):
+        updates, state = chain.update(jnp.ones(()), state, params)
+        rates.append(-float(updates))
+    np.testing.assert_allclose(rates, [1] * 12 + [1 / 2] * 3 + [1 / 4] * 3 + [1 / 8] * 3)
+
+
 # Training
 
 

@@ -51,7 +51,8 @@ class LanguageModel(nnx.Module):
         )
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
         self.output = nnx.Param(uniform(width)(rngs.params(), (units, vocabulary_size)))
-        self.output_bias = nnx.Param(jnp.zeros(vocabulary_size))
+        bias = uniform(scale or 0.0)(rngs.params(), (vocabulary_size,))
+        self.output_bias = nnx.Param(bias)
 
     def start(self, batch: int) -> Carry:
         """The state before the first token."""
