@@ -10,6 +10,13 @@ from ._guards import (
     skip_spikes as skip_spikes,
     zero_nonfinite as zero_nonfinite,
 )
+from ._interop import (
+    from_config as from_config,
+    from_keras as from_keras,
+    from_lightning as from_lightning,
+    from_torch as from_torch,
+    from_transformers as from_transformers,
+)
 from ._limits import Limit as Limit, constant as constant, maximum as maximum, minimum as minimum
 from ._limits.ema import ema as ema
 from ._limits.growth import growth as growth
@@ -18,6 +25,16 @@ from ._limits.percentile import percentile as percentile
 from ._limits.quantile import quantile as quantile
 from ._limits.zscore import zscore as zscore
 from ._metrics import metrics as metrics
+from ._monitor import (
+    Alert as Alert,
+    ClipWarning as ClipWarning,
+    Monitor as Monitor,
+    Suggestion as Suggestion,
+    suggest_max_norm as suggest_max_norm,
+    to_csv as to_csv,
+    to_json_lines as to_json_lines,
+    to_tensorboard as to_tensorboard,
+)
 from ._norms import (
     global_norm as global_norm,
     group_norms as group_norms,

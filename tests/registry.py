@@ -302,11 +302,12 @@ def seen(state: Any) -> dict[str, jax.Array]:
 
 
 def public_strategies() -> list[str]:
-    """Names of the public factories of a clip, read off their annotations."""
+    """Names of the public factories of a clip, read off their annotations; not translations."""
     return [
         name
         for name, value in vars(gradclip_jax).items()
         if inspect.isfunction(value)
+        and not name.startswith("from_")
         and "GradientTransformation" in str(inspect.signature(value).return_annotation)
     ]
 

@@ -1,6 +1,7 @@
 """A module imports only from lower layers, and the package needs jax and optax alone."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ LAYERS = [
     {"_clip"},
     {"_guards", "_backward", "_strategies"},
     {"_metrics"},
+    {"_monitor", "_interop"},
     {"__init__"},
 ]
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
@@ -46,7 +48,7 @@ def imports(file: Path) -> tuple[set[str], set[str]]:
 def test_imports_only_from_lower_layers(file):
     inside, _ = imports(file)
     # Within a package of one layer: a limit needs what a limit is, a strategy chains another.
-    for module in inside - ({"_limits", "_guards", "_strategies"} & {module_of(file)}):
+    for module in inside - ({"_limits", "_guards", "_strategies", "_monitor"} & {module_of(file)}):
         assert LAYER[module] < LAYER[module_of(file)], f"{file.name} imports {module}"
 
 
@@ -54,7 +56,15 @@ def test_imports_only_from_lower_layers(file):
 def test_depends_on_jax_and_optax_alone(file):
     _, outside = imports(file)
     # numpy is a dependency of jax, and its scalars are thresholds.
-    assert outside - set(sys.stdlib_module_names) <= {"jax", "optax", "numpy"}
+    extras = {"plots.py": {"matplotlib"}, "writers.py": {"tensorboardX"}}.get(file.name, set())
+    assert outside - set(sys.stdlib_module_names) <= {"jax", "optax", "numpy"} | extras
+
+
+def test_extras_are_imported_only_where_they_are_used():
+    """`import gradclip_jax` must not need them."""
+    code = "import gradclip_jax, sys; print({'matplotlib', 'tensorboardX'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_every_module_has_a_layer():

@@ -4,10 +4,11 @@ import jax
 import optax
 
 from .._checks import Threshold, check_percentile, check_whole_number
-from .._clip import clip_to_limit, named_strategy
+from .._clip import Measure, clip_to_limit, named_strategy
 from .._devices import AxisName
 from .._limits import Limit
 from .._limits.window import empty_window, entered, percentile_of
+from .._norms import global_norm
 from .._rescale import OnNonfinite
 
 
@@ -16,6 +17,7 @@ def autoclip(
     percentile: Threshold = 10.0,
     *,
     window: int = 1000,
+    measure: Measure = global_norm,
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
@@ -33,6 +35,8 @@ def autoclip(
         a scalar array or a traced value; for a schedule use `optax.inject_hyperparams`.
       window: W, the number of norms remembered, at least 1, one number each. The paper remembers
         all, which is the same for as long as there are no more than W.
+      measure: What has a limit of its own, as in `clip_to_limit`: `leaf_norms` gives one to each
+        array, with as much state again for each.
       axis_name: See `global_norm`.
       on_nonfinite: See `clip_to_limit`; a norm that is not finite does not enter the window.
 
@@ -61,7 +65,10 @@ def autoclip(
     percentile NaN for ever), and in the 1e-6 that its `clip_grad_norm_` adds to the norm.
     """
     return clip_to_limit(
-        _percentile_so_far(percentile, window), axis_name=axis_name, on_nonfinite=on_nonfinite
+        _percentile_so_far(percentile, window),
+        measure,
+        axis_name=axis_name,
+        on_nonfinite=on_nonfinite,
     )
 
 

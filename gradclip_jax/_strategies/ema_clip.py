@@ -3,9 +3,10 @@
 import optax
 
 from .._checks import Threshold
-from .._clip import clip_to_limit, named_strategy
+from .._clip import Measure, clip_to_limit, named_strategy
 from .._devices import AxisName
 from .._limits.ema import ema
+from .._norms import global_norm
 from .._rescale import OnNonfinite
 
 
@@ -17,6 +18,7 @@ def ema_clip(
     ratio: float = 1.0,
     target: tuple[float, float] | None = None,
     warmup_steps: int = 25,
+    measure: Measure = global_norm,
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
@@ -37,6 +39,8 @@ def ema_clip(
         rule of PDE-Transformer.
       warmup_steps: Steps that pass and from which the first mean and deviation come, at least 1.
         For a cap from the first step: `clip_to_limit(minimum(ema(), 1.0))`.
+      measure: What has a limit of its own, as in `clip_to_limit`: `leaf_norms` gives one to each
+        array, with as much state again for each.
       axis_name: See `global_norm`.
       on_nonfinite: See `clip_to_limit`; a norm that is not finite leaves the statistics alone.
 
@@ -67,6 +71,7 @@ def ema_clip(
     """
     return clip_to_limit(
         ema(k, decay, ratio=ratio, target=target, warmup_steps=warmup_steps),
+        measure,
         axis_name=axis_name,
         on_nonfinite=on_nonfinite,
     )

@@ -3,9 +3,10 @@
 import optax
 
 from .._checks import Threshold
-from .._clip import clip_to_limit, named_strategy
+from .._clip import Measure, clip_to_limit, named_strategy
 from .._devices import AxisName
 from .._limits.median import median
+from .._norms import global_norm
 from .._rescale import OnNonfinite
 
 
@@ -14,6 +15,7 @@ def median_clip(
     k: Threshold = 5.0,
     *,
     window: int = 128,
+    measure: Measure = global_norm,
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
@@ -31,6 +33,8 @@ def median_clip(
         MAD is the standard deviation where norms are normally distributed. A number, a scalar
         array or a traced value; for a schedule use `optax.inject_hyperparams`.
       window: W, the number of norms remembered, at least 1; 128, to be full soon.
+      measure: What has a limit of its own, as in `clip_to_limit`: `leaf_norms` gives one to each
+        array, with as much state again for each.
       axis_name: See `global_norm`.
       on_nonfinite: See `clip_to_limit`; a norm that is not finite does not enter the window.
 
@@ -62,4 +66,6 @@ def median_clip(
     paper on gradients has it to our knowledge. Norms are bounded above alone, and the deviation
     is at least a thousandth of the median, so that rounding is no outlier.
     """
-    return clip_to_limit(median(k, window=window), axis_name=axis_name, on_nonfinite=on_nonfinite)
+    return clip_to_limit(
+        median(k, window=window), measure, axis_name=axis_name, on_nonfinite=on_nonfinite
+    )

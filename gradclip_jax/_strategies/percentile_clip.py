@@ -3,9 +3,10 @@
 import optax
 
 from .._checks import Threshold
-from .._clip import clip_to_limit, named_strategy
+from .._clip import Measure, clip_to_limit, named_strategy
 from .._devices import AxisName
 from .._limits.percentile import percentile as percentile_of_the_past
+from .._norms import global_norm
 from .._rescale import OnNonfinite
 
 
@@ -14,6 +15,7 @@ def percentile_clip(
     percentile: Threshold = 95.0,
     *,
     window: int = 128,
+    measure: Measure = global_norm,
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
@@ -29,6 +31,8 @@ def percentile_clip(
       percentile: p, between 0 and 100; 95 in the paper. A number, a scalar array or a traced
         value; for a schedule use `optax.inject_hyperparams`.
       window: W, the number of norms remembered, at least 1; 128 in the paper.
+      measure: What has a limit of its own, as in `clip_to_limit`: `leaf_norms` gives one to each
+        array, with as much state again for each.
       axis_name: See `global_norm`.
       on_nonfinite: See `clip_to_limit`; a norm that is not finite does not enter the window.
 
@@ -60,6 +64,7 @@ def percentile_clip(
     """
     return clip_to_limit(
         percentile_of_the_past(percentile, window=window),
+        measure,
         axis_name=axis_name,
         on_nonfinite=on_nonfinite,
     )

@@ -3,9 +3,10 @@
 import optax
 
 from .._checks import Threshold
-from .._clip import clip_to_limit, named_strategy
+from .._clip import Measure, clip_to_limit, named_strategy
 from .._devices import AxisName
 from .._limits.quantile import quantile as running_quantile
+from .._norms import global_norm
 from .._rescale import OnNonfinite
 
 
@@ -15,6 +16,7 @@ def quantile_clip(
     *,
     learning_rate: float = 0.2,
     init: float = 1.0,
+    measure: Measure = global_norm,
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
@@ -31,6 +33,8 @@ def quantile_clip(
         clips one step in ten. A number, a scalar array or a traced value.
       learning_rate: eta, above 0; 0.2 in the paper. By default a step up or down is 10 %.
       init: The first limit, above 0, in units of the norm; the paper has 0.1.
+      measure: What has a limit of its own, as in `clip_to_limit`: `leaf_norms` gives one to each
+        array, with as much state again for each.
       axis_name: See `global_norm`.
       on_nonfinite: See `clip_to_limit`; a norm that is not finite leaves the limit as it is.
 
@@ -60,6 +64,7 @@ def quantile_clip(
     """
     return clip_to_limit(
         running_quantile(quantile, learning_rate=learning_rate, init=init),
+        measure,
         axis_name=axis_name,
         on_nonfinite=on_nonfinite,
     )

@@ -3,10 +3,11 @@
 import optax
 
 from .._checks import Threshold, check_threshold
-from .._clip import clip_to_limit, named_strategy
+from .._clip import Measure, clip_to_limit, named_strategy
 from .._devices import AxisName
 from .._limits import constant, minimum
 from .._limits.zscore import zscore
+from .._norms import global_norm
 from .._rescale import OnNonfinite
 
 
@@ -17,6 +18,7 @@ def zclip(
     warmup_steps: int = 25,
     *,
     max_norm: Threshold = 1.0,
+    measure: Measure = global_norm,
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
@@ -39,6 +41,8 @@ def zclip(
       max_norm: A cap that holds from the first step, as in `clip_by_global_norm`; 1.0 in the
         authors' code. None for none. Statistics take in norms as clipped by the z-score, not by
         the cap.
+      measure: What has a limit of its own, as in `clip_to_limit`: `leaf_norms` gives one to each
+        array, with as much state again for each.
       axis_name: See `global_norm`.
       on_nonfinite: See `clip_to_limit`; a norm that is not finite leaves the statistics alone.
 
@@ -69,6 +73,7 @@ def zclip(
     cap = constant(check_threshold("max_norm", max_norm))
     return clip_to_limit(
         minimum(zscore(z_max, decay, warmup_steps), cap),
+        measure,
         axis_name=axis_name,
         on_nonfinite=on_nonfinite,
     )

@@ -1,22 +1,27 @@
 """Write what PyTorch, TensorFlow, Keras and optax do to small gradients: one JSON file for each.
 
+A fifth, `edges.json`, has what PyTorch and Keras do where a number is not finite, overflows or
+switches the clip off: `python make_reference.py edges` writes it alone.
+
 Run by hand, with the frameworks installed beside (``make reference`` says how). The tests read the
 files only. Each file is ``{"versions": {package: version}, "cases": [case, …]}``, and a case is
 
 * ``framework``, ``function``: whose result it is, for example ``torch``, ``clip_grad_norm_``;
 * ``scale``: where the gradients lie: ``zero``, ``far below``, ``at``, ``above``, ``far above`` the
-  limit (``at``: equal to it, without rounding), or ``tiny limit``;
+  limit (``at``: equal to it, without rounding), or ``tiny limit``; of an edge, what is odd;
 * ``arguments``: what the function was given, under its own names; ``axes`` is per array;
 * ``updates``, and ``params`` where they are read: ``{name: nested list}``;
-* ``expected``: the result, ``{name: nested list}``;
+* ``expected``: the result, ``{name: nested list}``, or ``error``: the type that is raised;
 * ``norm``: the total norm, where the function returns one.
 
-All arrays are float32, and a number is the shortest decimal that gives the same float32 again.
+All arrays are float32, and a number is the shortest decimal that gives the same float32 again;
+those that JSON does not have are ``"nan"``, ``"inf"`` and ``"-inf"``.
 """
 
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -259,9 +264,70 @@ def optax_cases() -> Iterator[dict[str, Any]]:
     yield run("adaptive_grad_clip", "at", {"clipping": 0.25}, EXACT, params=params)
 
 
+# Two arrays, of which one has what is odd.
+ODD: dict[str, Tree] = {
+    odd: {"odd": np.array(x, np.float32), "plain": np.array([3, -4], np.float32)}
+    for odd, x in {
+        "nan": [np.nan, 1],
+        "inf": [np.inf, 1],
+        "-inf": [-np.inf, 1],
+        "overflow": [3e20, 4e20],  # the norm is 5e20, and its square is not a float32
+        "zero array": [0, 0],
+        "finite": [6, 8],
+    }.items()
+}
+
+
+def edge_cases() -> Iterator[dict[str, Any]]:
+    """Run PyTorch and Keras where a number is not finite, overflows, or switches the clip off."""
+    import keras
+    import torch
+
+    def of_torch(odd: str, name: str, **arguments: Any) -> dict[str, Any]:
+        leaves = []
+        for x in ODD[odd].values():
+            leaves.append(torch.nn.Parameter(torch.zeros(x.shape)))
+            leaves[-1].grad = torch.tensor(x)
+        try:
+            total = getattr(torch.nn.utils, name)(leaves, **arguments)
+        except RuntimeError as error:
+            entry = case("torch", name, odd, arguments, ODD[odd], {})
+            del entry["expected"]
+            return {**entry, "error": type(error).__name__}
+        expected = {key: x.grad.numpy() for key, x in zip(ODD[odd], leaves, strict=True)}
+        rest = {} if total is None else {"norm": total.numpy()}
+        return case("torch", name, odd, arguments, ODD[odd], expected, **rest)
+
+    def of_keras(odd: str, **arguments: Any) -> dict[str, Any]:
+        variables = [keras.Variable(np.zeros_like(x)) for x in ODD[odd].values()]
+        optimizer = keras.optimizers.SGD(learning_rate=1.0, **arguments)
+        optimizer.apply([keras.ops.convert_to_tensor(x) for x in ODD[odd].values()], variables)
+        steps = [0.0 - keras.ops.convert_to_numpy(variable) for variable in variables]
+        return case(
+            "keras", "SGD", odd, arguments, ODD[odd], dict(zip(ODD[odd], steps, strict=True))
+        )
+
+    for odd in ODD:
+        for order in (2.0, "inf"):
+            yield of_torch(odd, "clip_grad_norm_", max_norm=1.0, norm_type=order)
+        yield of_torch(odd, "clip_grad_norm_", max_norm=1.0, error_if_nonfinite=True)
+        yield of_torch(odd, "clip_grad_value_", clip_value=1.0)
+        for argument in ("clipnorm", "clipvalue", "global_clipnorm"):
+            yield of_keras(odd, **{argument: 1.0})
+    for odd in ("zero array", "finite"):
+        for limit in (0.0, "inf"):
+            yield of_torch(odd, "clip_grad_norm_", max_norm=float(limit))
+        yield of_keras(odd)
+        for argument in ("clipnorm", "clipvalue", "global_clipnorm"):
+            for limit in (0.0, -1.0):
+                yield of_keras(odd, **{argument: limit})
+
+
 def plain(value: Any) -> Any:
     """Turn float32 arrays into lists of the shortest numbers that round to them."""
     match value:
+        case float() if not np.isfinite(value):
+            return str(value)
         case dict():
             return {key: plain(x) for key, x in value.items()}
         case np.ndarray() | np.generic():
@@ -284,7 +350,7 @@ def text(versions: dict[str, str], cases: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Write a file for each framework beside this script."""
+    """Write a file for each framework, or for those that are named, beside this script."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -294,8 +360,10 @@ def main() -> None:
         "tensorflow": (tensorflow_cases, ["tensorflow-cpu"]),
         "keras": (keras_cases, ["keras", "jax"]),
         "optax": (optax_cases, ["optax", "jax"]),
+        "edges": (edge_cases, ["torch", "keras", "jax"]),
     }
-    for framework, (make, packages) in makers.items():
+    for framework in sys.argv[1:] or makers:
+        make, packages = makers[framework]
         versions = {package: metadata.version(package) for package in [*packages, "numpy"]}
         path = Path(__file__).with_name(f"{framework}.json")
         cases = list(make())

@@ -1,0 +1,167 @@
+"""What is wrong with a training loop: a state that is lost, a clip whose result goes nowhere."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from .alerts import Recent, Row, Seen
+
+
+class Frozen:
+    """The statistics do not change, though the run goes on."""
+
+    STEPS = 100
+    """Longer than gradients are accumulated as a rule, through which a clip stands still."""
+    RECORDS = 3
+    SAME = 1e-6
+
+    def __init__(self):
+        self._count: tuple[float, int, int] | None = None
+        self._norm: tuple[float, float, int, int] | None = None
+
+    def __call__(self, row: Row, recent: Recent) -> Seen | None:
+        """Hold when the counter of updates, or the norm, has stood still for 100 steps."""
+        stands = self._counter_stands(row)
+        constant = self._norm_stands(row)
+        if stands:
+            since, value = stands
+            seen = f"The clip has counted {value:.0f} updates ever since step {since}"
+        elif constant:
+            since, value = constant
+            seen = f"The norm of the gradient has been {value:.7g} ever since step {since}"
+        else:
+            return None
+        return Seen(
+            since,
+            f"{seen}, and it is step {row.step} now.",
+            "The optimizer state is not threaded through the steps (the new one that `update` "
+            "returns must be what the next step gets), or old metrics are recorded. If the "
+            "counter rises but the norm does not change, parameters and data do not change "
+            "either, or the clip stands behind something that normalises.",
+        )
+
+    def _counter_stands(self, row: Row) -> tuple[int, float] | None:
+        if math.isnan(row.step_count):
+            return None
+        if self._count is None or self._count[0] != row.step_count:
+            self._count = (row.step_count, row.step, 0)
+        value, since, records = self._count
+        self._count = (value, since, records + 1)
+        return (since, value) if self._long(row, since, records + 1) else None
+
+    def _norm_stands(self, row: Row) -> tuple[int, float] | None:
+        if not row.norms or not all(map(math.isfinite, row.norms)):
+            self._norm = None
+            return None
+        low, high = min(row.norms), max(row.norms)
+        since, records = row.first, 0
+        if self._norm is not None and self._same(min(low, self._norm[0]), max(high, self._norm[1])):
+            low, high = min(low, self._norm[0]), max(high, self._norm[1])
+            since, records = self._norm[2:]
+        self._norm = (low, high, since, records + row.seen)
+        is_long = self._long(row, since, records + row.seen)
+        return (since, high) if is_long and self._same(low, high) else None
+
+    def _same(self, low: float, high: float) -> bool:
+        return high - low <= self.SAME * high
+
+    def _long(self, row: Row, since: int, records: int) -> bool:
+        return row.step - since >= self.STEPS and records >= self.RECORDS
+
+
+class NotReduced:
+    """The limit was exceeded, and what reached the optimizer is above it: a clip that is none."""
+
+    TIMES = 3
+    ABOVE = 1.02
+    """bfloat16 rounds a norm by up to 0.4 %."""
+
+    def __init__(self):
+        self._times, self._since = 0, 0
+        self._groups = False
+        self._before: tuple[int, float] | None = None
+
+    def __call__(self, row: Row, recent: Recent) -> Seen | None:
+        """Hold from the third step on at which it was so."""
+        values = row.values
+        norm, limit = (values.get(key) for key in ("grad_norm", "clip_limit"))
+        if norm is None or limit is None:
+            return None
+        update = values.get("update_norm")
+        factor = values.get("clip_factor", np.ones(1))
+        clipped = values.get("clipped", (norm > limit).astype(float))
+        grouped = any(key.startswith("clip_factor/") for key in values)
+        # Of several groups the norm is that of all, the limit the smallest.
+        reached = values.get("skipped", np.zeros(1)) == 0
+        own = (norm > 1.01 * limit) & (clipped == 0) & reached
+        own = own | ((norm * factor > 1.01 * limit) & (clipped > 0) & (factor < 1))
+        own = own & np.isfinite(norm)
+        self._groups |= grouped or bool(np.any((clipped > 0) & (clipped < 1)) or np.any(own))
+        over = np.isfinite(norm) & (norm > 1.01 * limit) & (clipped > 0) & (factor >= 1)
+        if update is not None:
+            over = over | self._above(values, norm, limit, update, grouped)
+        seen = None
+        for i in np.flatnonzero(over).tolist():
+            step = row.steps[i - over.size]
+            if not self._times:
+                self._since = step
+            self._times += 1
+            if self._times >= self.TIMES and seen is None:
+                # What was given once in a window belongs to its last step.
+                at = {k: float(x[max(i - over.size, -x.size)]) for k, x in values.items()}
+                if i and update is not None and update.size > 1:
+                    self._before = row.steps[i - 1], float(update[i - 1])
+                seen = Seen(self._since, *self._words(at, step))
+        if not over.any():
+            self._times = 0
+        self._before = None if update is None else (row.step, float(update[-1]))
+        return seen
+
+    def _above(self, values, norm, limit, update, grouped) -> np.ndarray:
+        limits = [values[key] for key in values if key.startswith("clip_limit_")]
+        whole = np.sqrt(sum((np.square(x) for x in limits), np.square(limit)))
+        if not self._groups:
+            return np.isfinite(update) & (update > self.ABOVE * whole)
+        if not grouped:
+            return np.zeros(update.shape, bool)
+        paths = [key.partition("/")[2] for key in values if key.startswith("clip_factor/")]
+        names = ("grad_norm", "clip_limit", "clip_factor")
+        groups = [[values[f"{name}/{path}"] for name in names] for path in paths]
+        # Of units in an array the norm is that of all, the factor the smallest: too little.
+        known = np.all([n * f <= 1.01 * bound for n, bound, f in groups], axis=0)
+        expected = np.sqrt(sum(np.square(n * f) for n, _, f in groups))
+        return known & np.isfinite(update) & (update > self.ABOVE * expected)
+
+    def _words(self, at: Mapping[str, float], step: int) -> tuple[str, str]:
+        norm, limit, factor = at["grad_norm"], at["clip_limit"], at.get("clip_factor", 1.0)
+        update = at.get("update_norm", math.nan)
+        started = f"The limit was exceeded and the update was not reduced ({self._times} times "
+        started += f"since step {self._since}): at step {step} the limit was {limit:.3g}, "
+        last, before = self._before or (step, math.nan)
+        stale = last == step - 1 and math.isclose(before, norm, rel_tol=1e-4)
+        if math.isnan(update):
+            seen = f"the norm {norm:.3g} and the factor {factor:.3g}."
+            return started + seen, "The gradient is measured, but no factor is applied to it."
+        reached = f"the clip saw a norm of {norm:.3g}, and {update:.3g} reached the optimizer"
+        if math.isclose(update, norm, rel_tol=1e-3):
+            return (
+                f"{started}{reached}, as much as before the clip.",
+                "What the clip returns is dropped, or the clip runs after the step: pass its "
+                "first result on, `updates, state = clip.update(grads, state)`, or put it into "
+                "the chain before the optimizer.",
+            )
+        if stale or norm == 0:
+            which = "zeros" if norm == 0 else "the gradient of the step before"
+            return (
+                f"{started}{reached}: the clip saw {which}.",
+                "The clip runs before the backward pass: compute the gradients first and clip "
+                "those.",
+            )
+        passed = math.sqrt(max(update**2 - min(norm, limit) ** 2, 0.0))
+        return (
+            f"{started}{reached}: a part with a norm of {passed:.3g} passed the clip by.",
+            "One group of parameters is clipped, another is not (or each by itself): put the clip "
+            "before `optax.partition` and without `optax.masked`, so that it sees all gradients. "
+            "With groups on purpose, record `metrics(opt_state, per_group=True)`.",
+        )

@@ -1,0 +1,68 @@
+"""One self-contained page about a run: alerts, pictures and candidates for the limit."""
+
+import html
+import io
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em;
+       color: #222; background: #fff }
+h1, h2 { font-weight: 600 } h2 { margin-top: 2em }
+table { border-collapse: collapse } td, th { padding: .25em .8em; border-bottom: 1px solid #ddd;
+        text-align: right } td:first-child, th:first-child { text-align: left }
+svg { max-width: 100%; height: auto }
+.alert { border-left: 4px solid #d62728; padding: .3em 1em; margin: .8em 0; background: #fdf3f3 }
+.calm { border-left: 4px solid #2ca02c; padding: .3em 1em; background: #f3fbf3 }
+pre { overflow-x: auto; background: #f6f6f6; padding: 1em }
+"""
+
+
+def page(
+    summary: Mapping[str, Any],
+    alerts: Iterable[Any],
+    figures: Mapping[str, Any],
+    advice: str,
+) -> str:
+    """HTML with everything inside: no script, no font and no picture is fetched."""
+    raised = list(alerts)
+    parts = ["<h1>Gradient clipping</h1>", _table(summary), "<h2>Alerts</h2>"]
+    parts += [_alert(alert) for alert in raised] or ['<p class="calm">None.</p>']
+    for title, figure in figures.items():
+        parts += [f"<h2>{html.escape(title)}</h2>", _svg(figure, title)]
+    if advice:
+        parts += ["<h2>Which limit</h2>", f"<pre>{html.escape(advice)}</pre>"]
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<link rel="icon" href="data:,">\n'
+        f"<title>Gradient clipping</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _table(summary: Mapping[str, Any]) -> str:
+    rows = []
+    for name, value in summary.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key} {count}" for key, count in value.items()) or "none"
+        shown = f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
+        rows.append(f"<tr><td>{html.escape(name)}</td><td>{html.escape(shown)}</td></tr>")
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _alert(alert: Any) -> str:
+    since = f", since {alert.since}" if alert.since != alert.step else ""
+    return (
+        f'<div class="alert"><strong>{html.escape(alert.kind)}</strong> at step {alert.step}'
+        f"{since}<br>{html.escape(alert.message)}<br>{html.escape(alert.advice)}</div>"
+    )
+
+
+def _svg(figure: Any, title: str) -> str:
+    text = io.StringIO()
+    # No date: the same run gives the same page.
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    drawing = text.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    return drawing.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)

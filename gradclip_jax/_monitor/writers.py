@@ -1,0 +1,100 @@
+"""Where a monitor's rows go: TensorBoard, CSV, JSON lines. Any callable of step and row serves."""
+
+import csv
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Writer = Callable[[int, dict[str, float]], Any]
+
+
+def to_tensorboard(directory: str | os.PathLike[str]) -> Writer:
+    """Write rows as TensorBoard scalars; needs tensorboardX.
+
+    Args:
+      directory: Where the event files go; it is made.
+
+    Raises:
+      ImportError: Where tensorboardX is not installed.
+
+    >>> import gradclip_jax, tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     monitor = gradclip_jax.Monitor(writers=[gradclip_jax.to_tensorboard(directory)])
+    ...     monitor.record(0, {"grad_norm": 1.0})
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "`to_tensorboard` needs tensorboardX: `pip install 'gradclip-jax[tensorboard]'`."
+        ) from error
+    writer = SummaryWriter(os.fspath(directory))
+
+    def write(step: int, row: dict[str, float]) -> None:
+        for key, value in row.items():
+            if math.isfinite(value):
+                writer.add_scalar(key, value, step)
+        writer.flush()
+
+    return write
+
+
+def to_csv(path: str | os.PathLike[str]) -> Writer:
+    """Append rows to a CSV file: `step` and the keys of the first row, NaN for what is missing.
+
+    Raises:
+      ValueError: For a file that has other columns.
+
+    >>> import gradclip_jax, pathlib, tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     path = pathlib.Path(directory, "norms.csv")
+    ...     monitor = gradclip_jax.Monitor(writers=[gradclip_jax.to_csv(path)])
+    ...     monitor.record(7, {"grad_norm": 1.5})
+    ...     header, row = path.read_text().splitlines()
+    >>> print(header.split(",")[:3], row.split(",")[:3])
+    ['step', 'clip_factor', 'clip_limit'] ['7', 'nan', 'nan']
+    """
+    place = Path(path)
+    columns: list[str] = []
+
+    def write(step: int, row: dict[str, float]) -> None:
+        if not columns:
+            columns.extend(["step", *sorted(row)])
+            known = place.read_text(encoding="utf-8").splitlines()[:1] if place.exists() else []
+            if known and known[0].split(",") != columns:
+                raise ValueError(
+                    f"`path` must be a new file or one with the columns of this run, got {place} "
+                    f"with {known[0]}."
+                )
+            if not known:
+                with place.open("w", encoding="utf-8", newline="") as file:
+                    csv.writer(file).writerow(columns)
+        with place.open("a", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerow([step, *(row.get(key, math.nan) for key in columns[1:])])
+
+    return write
+
+
+def to_json_lines(path: str | os.PathLike[str]) -> Writer:
+    """Append rows to a file, each a JSON object in a line; null for what is not finite.
+
+    >>> import gradclip_jax, json, pathlib, tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     path = pathlib.Path(directory, "norms.jsonl")
+    ...     monitor = gradclip_jax.Monitor(writers=[gradclip_jax.to_json_lines(path)])
+    ...     monitor.record(7, {"grad_norm": 1.5})
+    ...     row = json.loads(path.read_text())
+    >>> row["step"], row["grad_norm"], row["loss"]
+    (7, 1.5, None)
+    """
+    place = Path(path)
+
+    def write(step: int, row: dict[str, float]) -> None:
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        with place.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+
+    return write
