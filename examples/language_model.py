@@ -6,6 +6,12 @@ trains the same network twice on the prose that Python ships, with the clip and 
 ends in a table and a plot. Every strategy of `gradclip_jax` and every optimizer of optax can be
 chosen by name. A run that is killed continues bit for bit when the same command is given again.
 
+    python examples/language_model.py --preset zaremba-small --data ptb
+    python examples/language_model.py --preset shakespeare --data tinyshakespeare.txt
+    python examples/language_model.py --preset chatbot --chat
+
+are whole recipes by name; the last one answers at a prompt when it is trained.
+
 The recipe is that of Zaremba, Sutskever, Vinyals 2014, "Recurrent neural network regularization",
 https://arxiv.org/abs/1409.2329: truncated back-propagation through time with the state carried
 over, the loss summed over the unrolled steps, the gradient limited to a norm of 5.
@@ -13,6 +19,7 @@ over, the loss summed over the unrolled steps, the gradient limited to a norm of
 
 import argparse
 import ast
+import contextlib
 import difflib
 import inspect
 import math
@@ -28,7 +35,8 @@ import optax
 from flax import nnx
 from shared.command_line import InputError, Parser, console
 from shared.data import Corpus, WittenBell, load_corpus, segments, user_cache
-from shared.model import LanguageModel, sample, score, train_step
+from shared.dialogues import KINDS, context, generated, questions, readable
+from shared.model import LanguageModel, replies, sample, score, train_step
 from shared.recurrent import CELLS
 from shared.run import (
     SCALARS,
@@ -49,7 +57,8 @@ import gradclip_jax
 FETCH_EVERY = 20
 # Where a run lies and how often it is saved do not change its numbers; the text is compared by
 # its digest.
-NOT_COMPARED = {"out", "cache", "data", "checkpoint_every", "compare", "preset"}
+PLACES = {"out", "cache", "data", "checkpoint_every"}
+NOT_COMPARED = {*PLACES, "dialogues", "compare", "chat", "preset"}
 
 # Zaremba et al. 2014, section 4.1: plain SGD at rate 1, evaluated as one stream.
 ZAREMBA = {
@@ -69,7 +78,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "units": 1500, "unroll": 35, "init_scale": 0.04, "dropout": 0.65, "max_norm": 10.0,
         "epochs": 55, "constant_epochs": 14, "epoch_divisor": 1.15,
     },
+    # For one text; that of Tiny Shakespeare (a million characters) takes minutes on two cores.
+    "shakespeare": {
+        "level": "char", "units": 256, "dropout": 0.1, "batch": 32, "unroll": 64, "epochs": 8,
+        "optimizer": "adam", "learning_rate": 3e-3, "max_norm": 5.0,
+    },
+    "chatbot": {
+        "dialogues": True, "level": "word", "cell": "gru", "units": 192, "batch": 32, "unroll": 64,
+        "epochs": 6, "optimizer": "rmsprop", "learning_rate": 2e-3, "max_norm": 5.0,
+    },
 }  # fmt: skip
+ANSWER = 40  # the most tokens of an answer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,19 +106,24 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError("`--compare` needs a strategy as `--clip`, got 'none'.")
         for name in names:
             build_optimizer(args, name, steps=1)
-        corpus = load_corpus(args.data, args.level, args.vocabulary, args.cache)
+        if args.dialogues and args.data is None:
+            corpus = generated(args.seed, args.level, args.vocabulary)
+        else:
+            corpus = load_corpus(args.data, args.level, args.vocabulary, args.cache)
         check_corpus(corpus, args)
         baselines = score_baselines(corpus)
         results = []
         for name in names:
             out = args.out / name if args.compare else args.out
             results.append(train(args, name, corpus, out))
+        report(results, baselines, args.out, settings(args, corpus))
+        if args.chat:
+            chat(args, names[0], corpus, args.out / names[0] if args.compare else args.out)
     except InputError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         console.print(f"Stopped. The same command continues from the last checkpoint in {args.out}")
         return 130
-    report(results, baselines, args.out)
     return 0
 
 
@@ -119,7 +143,8 @@ def command_line() -> argparse.ArgumentParser:
     add("--units", type=int, default=256)
     add("--dropout", type=float, default=0.0, help="on all connections that are not recurrent")
     add("--init-scale", type=float, help="uniform initial weights, default 1 / sqrt(units)")
-    add("--forget-bias", type=float, default=1.0, help="added to the LSTM's bias; 0 in Zaremba")
+    add("--forget-bias", type=float, default=1.0,
+        help="added to the bias of the gate that keeps the state; 0 in Zaremba")  # fmt: skip
     add("--batch", type=int, default=32, help="parallel streams")
     add("--unroll", type=int, default=50, help="steps of back-propagation through time")
     add("--epochs", type=int, default=1)
@@ -148,9 +173,22 @@ def command_line() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--checkpoint-every", type=int, default=200, metavar="STEPS")
     add("--compare", action="store_true", help="train with the clip and without, and draw both")
+    add("--dialogues", action="store_true",
+        help="each line is a turn: count right answers to the questions in the test split; "
+        "without --data the dialogues are generated")  # fmt: skip
+    add("--chat", action="store_true", help="then answer what is typed, until Ctrl-D")
     add("--out", type=Path, default=Path("runs/language_model"), help="directory of the run")
     add("--cache", type=Path, default=user_cache(), help="directory of the built-in corpus")
     return parser
+
+
+def settings(args: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
+    """What differs from the defaults, and the text that was trained on."""
+    usual = vars(command_line().parse_args([]))
+    found = {k: v for k, v in vars(args).items() if v != usual[k] and k not in PLACES}
+    sizes = [len(split) for split in (corpus.train, corpus.valid, corpus.test)]
+    words = f"{corpus.level}s"
+    return {**found, f"{words} of the splits": sizes, f"different {words}": len(corpus.vocabulary)}
 
 
 def check_sizes(args: argparse.Namespace) -> None:
@@ -168,6 +206,8 @@ def check_sizes(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"`--{name.replace('_', '-')}` must be positive, got {value}.")
+    if args.chat and not args.dialogues:
+        raise InputError("`--chat` needs `--dialogues`, or `--preset chatbot`.")
     if args.data is not None and not args.data.exists():
         raise InputError(f"`--data` must be a file or a directory that exists, got {args.data}.")
     if args.out.exists() and not args.out.is_dir():
@@ -187,6 +227,11 @@ def check_corpus(corpus: Corpus, args: argparse.Namespace) -> None:
                 f"`--data` must hold at least 2 {args.level}s for {split}, "
                 f"got {len(getattr(corpus, split))}."
             )
+    if args.dialogues and not questions(corpus, KINDS, most=1):
+        raise InputError(
+            "`--data` must hold, for `--dialogues`, a question among its last lines: one that ends "
+            "in a question mark, and its answer on the next line."
+        )
 
 
 def build_optimizer(
@@ -296,22 +341,30 @@ def score_baselines(corpus: Corpus) -> dict[str, dict[str, float]]:
     }
 
 
-def train(args: argparse.Namespace, clip: str, corpus: Corpus, out: Path) -> Result:
-    """One run, from its last checkpoint if there is one, to its test score."""
+def build(
+    args: argparse.Namespace, clip: str, corpus: Corpus
+) -> tuple[LanguageModel, nnx.Optimizer, int, int]:
+    """A new network and its optimizer, the steps of the run and those of an epoch."""
     per_epoch = (len(corpus.train) - 1) // (args.batch * args.unroll)
     steps = args.steps or args.epochs * per_epoch
-    config = {key: value for key, value in vars(args).items() if key not in NOT_COMPARED}
-    config |= {"clip": clip, "corpus": corpus.digest}
-    if (result := finished(out, config)) is not None:
-        console.print(f"The run in {out} is finished; reporting it again.")
-        return result
-
     model = LanguageModel(
         len(corpus.vocabulary), args.cell, args.layers, args.units, args.dropout,
         scale=args.init_scale, forget_bias=args.forget_bias, cotangent_limit=args.cotangent_limit,
         rngs=nnx.Rngs(args.seed),
     )  # fmt: skip
     optimizer = nnx.Optimizer(model, build_optimizer(args, clip, steps, per_epoch), wrt=nnx.Param)
+    return model, optimizer, steps, per_epoch
+
+
+def train(args: argparse.Namespace, clip: str, corpus: Corpus, out: Path) -> Result:
+    """One run, from its last checkpoint if there is one, to its test score."""
+    config = {key: value for key, value in vars(args).items() if key not in NOT_COMPARED}
+    config |= {"clip": clip, "corpus": corpus.digest}
+    if (result := finished(out, config)) is not None:
+        console.print(f"The run in {out} is finished; reporting it again.")
+        return result
+
+    model, optimizer, steps, per_epoch = build(args, clip, corpus)
     streams = args.eval_streams or args.batch
     valid = list(segments(corpus.valid, streams, args.unroll))
     # Whole pieces only: the network shall not learn the padding.
@@ -363,8 +416,13 @@ def train(args: argparse.Namespace, clip: str, corpus: Corpus, out: Path) -> Res
                 break  # what is not finite has reached the parameters, and nothing brings it back
 
     counts = gradclip_jax.metrics(optimizer.opt_state)
-    first = corpus.vocabulary.index("\n") if "\n" in corpus.vocabulary else 0
-    drawn = sample(model, jnp.int32(first), jax.random.key(args.seed), length=args.sample)
+    answers = None
+    if args.dialogues:
+        answers, text = ask(model, corpus, KINDS if args.data is None else {})
+    else:
+        first = corpus.vocabulary.index("\n") if "\n" in corpus.vocabulary else 0
+        drawn = sample(model, jnp.int32(first), jax.random.key(args.seed), length=args.sample)
+        text = corpus.text(np.asarray(drawn))
     result = Result(
         clip=clip,
         level=args.level,
@@ -372,11 +430,50 @@ def train(args: argparse.Namespace, clip: str, corpus: Corpus, out: Path) -> Res
         test=score(model, segments(corpus.test, streams, args.unroll), streams),
         clip_count=int(counts["clip_count"]),
         nonfinite_count=int(counts["nonfinite_count"]),
-        text=corpus.text(np.asarray(drawn)),
+        text=text,
         history=history,
+        answers=answers,
     )
     write_json(out / "result.json", result._asdict())
     return result
+
+
+def ask(
+    model: LanguageModel, corpus: Corpus, kinds: dict[str, str]
+) -> tuple[dict[str, list[int]], str]:
+    """Right answers and questions of each kind in the test split, and the longest dialogue."""
+    asked = questions(corpus, kinds)
+    said = replies(model, [question.context for question in asked], corpus.end, ANSWER)
+    counts: dict[str, list[int]] = {}
+    for question, answer in zip(asked, said, strict=True):
+        count = counts.setdefault(question.kind, [0, 0])
+        count[0] += answer == question.answer
+        count[1] += 1
+    longest, answer = max(zip(asked, said, strict=True), key=lambda pair: len(pair[0].context))
+    shown = corpus.text(np.array([*longest.context[1:], *answer], int))
+    return counts, readable(shown)
+
+
+def chat(args: argparse.Namespace, clip: str, corpus: Corpus, out: Path) -> None:
+    """Answers each line with the likeliest turn, by the last checkpoint of a run."""
+    model, optimizer, _, _ = build(args, clip, corpus)
+    state = (nnx.state((model, optimizer)), model.start(args.batch))
+    step, (variables, _), _ = restore(out, state, {})
+    if step == 0:
+        raise InputError(f"`--out` must hold the checkpoint of the run for `--chat`, got {out}.")
+    nnx.update((model, optimizer), variables)
+    console.print("Say something. An empty line begins a new dialogue, Ctrl-D ends.")
+    turns: list[list[int]] = []
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            if not (line := input("> ").strip()):
+                turns = []
+                continue
+            turns.append(corpus.tokens(line))
+            (reply,) = replies(model, [context(turns, corpus.end)], corpus.end, ANSWER)
+            turns.append(reply)
+            console.print(readable(corpus.text(np.array(reply, int))), markup=False)
+    console.print()
 
 
 if __name__ == "__main__":

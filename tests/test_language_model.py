@@ -2,8 +2,11 @@
 
 import argparse
 import hashlib
+import io
+import itertools
 import json
 import os
+import random
 import re
 import signal
 import struct
@@ -25,7 +28,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import language_model  # noqa: E402
-from shared import data, model as lm_model, recurrent, run as lm_run  # noqa: E402
+from shared import data, dialogues, model as lm_model, recurrent, run as lm_run  # noqa: E402
 
 WORDS = ["the", "norm", "of", "a", "gradient", "is", "held", "to", "its", "limit", "at", "each"]
 
@@ -84,6 +87,20 @@ def test_a_preset_sets_what_is_not_given(text):
     assert config["init_scale"] == 0.1
     assert (config["epochs"], config["constant_epochs"], config["epoch_divisor"]) == (13, 4, 2.0)
     assert (config["level"], config["momentum"], config["max_norm"]) == ("word", 0.0, 5.0)
+
+
+def test_the_shakespeare_preset_is_of_characters_and_adam(text, standard_promotion):
+    assert language_model.main([*options(text), "--preset", "shakespeare"]) == 0
+    run = text.parent / "run"
+    config = json.loads((run / "config.json").read_text())
+    assert (config["level"], config["cell"], config["optimizer"]) == ("char", "lstm", "adam")
+    result, lines = result_of(run), (run / "results.txt").read_text().splitlines()
+    (row,) = (line.split() for line in lines if line.startswith("clip_by_global_norm"))
+    mean = (result["history"]["valid"][-1][1] + result["test"]) / 2
+    assert float(row[4]) == pytest.approx(mean, rel=1e-3)
+    assert 'preset: "shakespeare"' in lines
+    assert f'gradclip_jax: "{gradclip_jax.__version__}"' in lines
+    assert str(text.parent) not in "\n".join(lines)
 
 
 def test_the_rate_is_divided_after_every_epoch_but_the_first_ones():
@@ -205,8 +222,8 @@ def test_compare_draws_both_runs_and_says_which_one_diverged(text, capsys):
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
     rows = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
     table = {name: cells for name, *cells in rows}
-    assert table["clip_by_global_norm"][4:] == ["100%", "no"]
-    assert table["none"][4:] == ["0%", "yes"]
+    assert table["clip_by_global_norm"][-2:] == ["100%", "no"]
+    assert table["none"][-2:] == ["0%", "yes"]
     assert {"1-gram", "3-gram", "5-gram"} < table.keys()
     clipped, free = (result_of(out / name)["history"] for name in ("clip_by_global_norm", "none"))
     assert clipped["loss"][0] == free["loss"][0]  # the same weights saw the same text
@@ -227,6 +244,120 @@ def test_the_event_file_holds_every_scalar_of_every_step(text):
     for name in lm_run.SCALARS:
         assert scalars[name] == [(i + 1, value) for i, value in enumerate(history[name])]
     assert [step for step, _ in scalars["valid_loss"]] == [3]
+
+
+# Dialogues
+
+
+@pytest.fixture
+def few_dialogues(monkeypatch):
+    sizes = {"train": 200, "valid": 20, "test": 60}
+    monkeypatch.setattr(dialogues, "DIALOGUES", sizes)
+
+
+def test_the_chatbot_is_a_gru_with_rmsprop_that_answers_at_a_prompt(
+    text, few_dialogues, standard_promotion, monkeypatch, capsys
+):
+    command = [*options(text), "--preset", "chatbot", "--chat"]
+    del command[:2]  # the dialogues are generated
+    typed = "hello.\n\nwhat is 1 plus 2?"
+    said = []
+    for _ in range(2):  # after training, and from the run that is finished
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        assert language_model.main(command) == 0
+        said.append(capsys.readouterr().out.partition("Ctrl-D ends.")[2])
+    assert said[0] == said[1]
+    assert said[0].count("> ") == 4
+    run = text.parent / "run"
+    config = json.loads((run / "config.json").read_text())
+    assert (config["level"], config["cell"], config["optimizer"]) == ("word", "gru", "rmsprop")
+    assert config["max_norm"] == 5
+    # A run from before these options is still the same run.
+    assert not {"chat", "dialogues", "preset"} & config.keys()
+    answers = result_of(run)["answers"]
+    assert answers.keys() == {"name", "colour", "hours", "open?", "sum"}
+    assert all(0 <= right <= asked for right, asked in answers.values())
+    assert "right answers" in (run / "results.txt").read_text()
+
+
+def test_a_result_without_answers_is_reported(text):
+    assert language_model.main(options(text)) == 0
+    saved = text.parent / "run" / "result.json"
+    content = json.loads(saved.read_text())
+    assert content.pop("answers") is None
+    saved.write_text(json.dumps(content))
+    assert language_model.main(options(text)) == 0
+
+
+def test_it_learns_to_answer_the_turns_of_a_file(text, standard_promotion, monkeypatch, capsys):
+    text.write_text("what is red?\nA rose, of course.\n\nwhat is blue?\nThe sky.\n\n" * 60)
+    sizes = ["--level", "word", "--cell", "gru", "--units", "32", "--batch", "4"]
+    learn = ["--optimizer", "rmsprop", "--learning-rate", "0.02"]
+    command = [*options(text, steps=150), "--dialogues", "--chat", *sizes, *learn]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is red?\n\nwhat is blue?\n"))
+    assert language_model.main(command) == 0
+    (counts,) = result_of(text.parent / "run")["answers"].values()
+    assert counts[0] == counts[1] > 3
+    assert "> A rose, of course.\n> > The sky.\n" in capsys.readouterr().out
+
+
+def test_questions_have_the_answers_that_follow_from_what_was_told(few_dialogues):
+    corpus = dialogues.generated(0, "word", 1000)
+    for question in dialogues.questions(corpus, dialogues.KINDS):
+        read = dialogues.readable(corpus.text(np.array(question.context[1:-1])))
+        *told, asked = read.splitlines()
+        answer = dialogues.readable(corpus.text(np.array(question.answer)))
+        told = "\n".join(told)
+        opens, closes = [*re.findall(r"opens at (\d+) and closes at (\d+)", told), (0, 0)][0]
+        match question.kind:
+            case "sum":
+                a, b = re.findall(r"\d+", asked)
+                assert answer == f"that is {int(a) + int(b)}."
+            case "name":
+                assert re.fullmatch(r"your name is (.*)\.", answer)[1] in re.findall(
+                    r"^(?:my name is|i am) (\w+)", told, re.M
+                )
+            case "colour":
+                colour = re.fullmatch(r"you like (.*)\.", answer)[1]
+                assert re.search(rf"i like {colour}|{colour} is the best", told)
+            case "hours":
+                hour = opens if asked.endswith("open?") else closes
+                assert answer == f"it {'opens' if hour == opens else 'closes'} at {hour}."
+            case "open?":
+                (hour,) = map(int, re.findall(r"\d+", asked))
+                is_open = int(opens) <= hour < int(closes)
+                assert answer.startswith("yes" if is_open else "no")
+                assert answer.endswith(f" {opens if hour < int(opens) else closes}.")
+
+
+def test_what_is_asked_in_the_test_is_never_trained_on():
+    told = {
+        "sums": r"what is (\d+ plus \d+)",
+        "hours": r"the (\w+ opens at \d+ and closes at \d+)",
+    }
+    draw = random.Random(0)
+    texts = [
+        "\n".join(turn for _ in range(400) for turn in dialogues.dialogue(draw, held_out))
+        for held_out in (False, True)
+    ]
+    for pattern in told.values():
+        trained, held_out = ({*re.findall(pattern, text)} for text in texts)
+        assert trained.isdisjoint(held_out)
+        assert min(len(trained), len(held_out)) >= 10
+
+
+def test_an_answer_does_not_depend_on_the_other_contexts():
+    model = network(cell="gru", layers=1)
+    contexts = [[1, 2, 3, 4, 5, 6], [7], [8, 9, 2]]
+    together = lm_model.replies(model, contexts, 0, 5)
+    alone = [lm_model.replies(model, [context], 0, 5)[0] for context in contexts]
+    assert together == alone
+    # By hand: the whole context at once, then the likeliest token again and again.
+    tokens = [8, 9, 2]
+    for _ in range(5):
+        logits, _ = model(np.array(tokens)[:, None], model.start(1), deterministic=True)
+        tokens.append(int(jnp.argmax(logits[-1, 0])))
+    assert together[2] == [*itertools.takewhile(lambda token: token != 0, tokens[3:])]
 
 
 # Checkpoints
@@ -377,6 +508,8 @@ def test_a_garbled_configuration_is_named(text, capsys):
         (["--optimizer-arg", "momentm=1"], "unexpected keyword argument 'momentm'"),
         (["--compare", "--clip", "none"], "`--compare` needs a strategy as `--clip`, got 'none'."),
         (["--batch", "2000"], "must hold at least batch × unroll + 1 = 10001 chars to train on"),
+        (["--chat"], "`--chat` needs `--dialogues`, or `--preset chatbot`."),
+        (["--dialogues"], "`--data` must hold, for `--dialogues`, a question among its last lines"),
         (["--data", "no/such/file"], "`--data` must be a file or a directory that exists, got no/"),
     ],
 )
@@ -568,6 +701,28 @@ def test_an_lstm_step_is_that_of_flax():
     inputs = x @ cell.dense_i.kernel[...] + cell.dense_h.bias[...]
     ours = recurrent.lstm_step(inputs, (h, c), cell.dense_h.kernel[...])
     np.testing.assert_allclose(ours, (new_h, new_c), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [None, 1e-3])
+@pytest.mark.parametrize("name", [name for name, cell in recurrent.CELLS.items() if cell.sums])
+def test_the_gradient_of_the_weights_is_that_of_the_plain_scan(name, limit):
+    rng = np.random.default_rng(0)
+    x, cotangent = (jnp.asarray(rng.normal(size=(6, 3, 8)), jnp.float32) for _ in range(2))
+    gradients = []
+    for sums in (True, False):
+        layer = recurrent.Recurrent(
+            recurrent.CELLS[name], 8, 8, scale=0.5, cotangent_limit=limit, rngs=nnx.Rngs(0)
+        )
+        layer.cell = layer.cell._replace(sums=sums)
+
+        def loss(layer, x, state):
+            outputs, last = layer(x, state)
+            return (outputs * cotangent).sum() + sum(jnp.sum(part) for part in last)
+
+        start = tuple(part + 0.1 for part in layer.start(3))
+        gradients.append(jax.tree.leaves(nnx.grad(loss, argnums=(0, 1, 2))(layer, x, start)))
+    for one, other in zip(*gradients, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_draws_anew_in_training_and_never_in_validation():

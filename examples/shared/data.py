@@ -8,7 +8,7 @@ import re
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from .command_line import InputError
 
 UNKNOWN = "<unk>"
 END = "<eos>"
+WORD = r"\w+|[^\w\s]"
 SPLITS = ("train", "valid", "test")
 # Tests are code, not prose; the other folders repeat the library or are not part of it.
 SKIPPED = frozenset(
@@ -50,6 +51,20 @@ class Corpus(NamedTuple):
                            for t in tokens)  # fmt: skip
         return " ".join(self.vocabulary[t] for t in tokens).replace(f" {END} ", "\n")
 
+    @property
+    def end(self) -> int:
+        """The token that ends a line."""
+        end = END if self.level == "word" else "\n"
+        if end not in self.vocabulary:
+            raise InputError("`--data` must hold several lines, and `--vocabulary` keep their end.")
+        return self.vocabulary.index(end)
+
+    def tokens(self, line: str) -> list[int]:
+        """The numbers of a line but its end; an unknown word may be known in small letters."""
+        number = {token: i for i, token in enumerate(self.vocabulary)}
+        tokens = line if self.level == "char" else re.findall(WORD, line)
+        return [number.get(token, number.get(token.lower(), 0)) for token in tokens]
+
 
 def load_corpus(data: Path | None, level: str, vocabulary_size: int, cache: Path) -> Corpus:
     """Reads a text file, a directory with three splits, or (None) the prose of Python itself.
@@ -63,9 +78,14 @@ def load_corpus(data: Path | None, level: str, vocabulary_size: int, cache: Path
         splits = [tokenise(_read(_split_file(data, name)), level, r"\S+") for name in SPLITS]
     else:
         text = python_prose(cache) if data is None else _read(data)
-        tokens = tokenise(text, level, r"\w+|[^\w\s]")
+        tokens = tokenise(text, level, WORD)
         low, high = len(tokens) * 90 // 100, len(tokens) * 95 // 100
         splits = [tokens[:low], tokens[low:high], tokens[high:]]
+    return numbered(splits, level, vocabulary_size)
+
+
+def numbered(splits: Sequence[Sequence[str]], level: str, vocabulary_size: int) -> Corpus:
+    """The corpus of three splits whose most frequent tokens in training are its vocabulary."""
     counts = collections.Counter(splits[0])
     counts.pop(UNKNOWN, None)
     # Ties are broken by the token itself, so that the numbering never depends on a hash seed.

@@ -1,6 +1,6 @@
 """A recurrent language model in Flax NNX, its training step, its score and its samples."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,8 @@ from flax import nnx
 import gradclip_jax
 
 from .recurrent import CELLS, Carry, Recurrent, uniform
+
+Tokens = jax.Array | np.ndarray
 
 
 class LanguageModel(nnx.Module):
@@ -59,7 +61,7 @@ class LanguageModel(nnx.Module):
         return tuple(layer.start(batch) for layer in self.layers)
 
     def __call__(
-        self, tokens: jax.Array, carry: Carry, *, deterministic: bool
+        self, tokens: Tokens, carry: Carry, *, deterministic: bool
     ) -> tuple[jax.Array, Carry]:
         """Logits of the next tokens, [time, batch, vocabulary], and the state to carry over."""
         x = self.dropout(self.embedding[...][tokens], deterministic=deterministic)
@@ -68,7 +70,9 @@ class LanguageModel(nnx.Module):
             x, state = layer(x, state)
             x = self.dropout(x, deterministic=deterministic)
             states.append(state)
-        return x @ self.output[...] + self.output_bias[...], tuple(states)
+        # One matrix of all steps: with two dimensions to sum over, the gradient is slower.
+        logits = x.reshape(-1, self.units) @ self.output[...] + self.output_bias[...]
+        return logits.reshape(*tokens.shape, -1), tuple(states)
 
 
 @nnx.jit(static_argnames="mean_loss", donate_argnames=("model", "optimizer", "carry"))
@@ -76,8 +80,8 @@ def train_step(
     model: LanguageModel,
     optimizer: nnx.Optimizer,
     carry: Carry,
-    inputs: jax.Array,
-    targets: jax.Array,
+    inputs: Tokens,
+    targets: Tokens,
     *,
     mean_loss: bool,
 ) -> tuple[Carry, dict[str, jax.Array]]:
@@ -127,3 +131,29 @@ def sample(model: LanguageModel, first: jax.Array, key: jax.Array, *, length: in
 
     start = (jnp.reshape(first, (1,)), model.start(1))
     return jax.lax.scan(step, start, jax.random.split(key, length))[1]
+
+
+@nnx.jit
+def _likeliest(model: LanguageModel, carry: Carry, tokens: Tokens, reads: Tokens):
+    """The likeliest next tokens, and the state, which stays as it was where nothing is read."""
+    logits, read = model(tokens[None], carry, deterministic=True)
+    carry = jax.tree.map(lambda new, old: jnp.where(reads[:, None], new, old), read, carry)
+    return jnp.argmax(logits[0], axis=-1), carry
+
+
+def replies(
+    model: LanguageModel, contexts: Sequence[Sequence[int]], end: int, length: int
+) -> list[list[int]]:
+    """The likeliest tokens after each context, one by one up to `end`, at most `length`."""
+    longest = max(map(len, contexts))
+    # Contexts end together: the shorter ones begin later.
+    starts = np.array([longest - len(context) for context in contexts])
+    tokens = np.array([[end] * n + [*c] for n, c in zip(starts, contexts, strict=True)], np.int32)
+    carry, said = model.start(len(contexts)), []
+    for step in range(longest + length):
+        column = tokens[:, step] if step < longest else said[-1]
+        column, carry = _likeliest(model, carry, column, step >= starts)
+        if step >= longest - 1:
+            said.append(np.asarray(column))
+    rows = np.stack(said[:length], axis=1).tolist()
+    return [row[: row.index(end)] if end in row else row for row in rows]

@@ -22,8 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from tensorboardX import SummaryWriter
 
+import gradclip_jax
+
 from .command_line import InputError, console
 from .data import write_atomically
+from .results import save_results
 
 SCALARS = ("loss", "grad_norm", "clip_limit", "clip_factor", "clipped")
 RECENT = 100  # steps over which the progress line averages
@@ -35,7 +38,7 @@ for name in ("absl", "tensorboardX.x2num"):
 
 
 class Result(NamedTuple):
-    """A finished run; losses are nats per token."""
+    """A finished run; losses are nats per token, answers those right and all by kind."""
 
     clip: str
     level: str
@@ -45,6 +48,7 @@ class Result(NamedTuple):
     nonfinite_count: int
     text: str
     history: History
+    answers: dict[str, list[int]] | None = None
 
     @property
     def valid(self) -> list[float]:
@@ -282,34 +286,67 @@ def in_units(nats: float, level: str) -> float:
     return math.exp(nats) if nats < 700 else math.inf  # float64 ends at exp(709)
 
 
-def report(results: list[Result], baselines: dict[str, dict[str, float]], out: Path) -> None:
-    """Samples and table on the screen, the plot in `out`."""
-    level = results[0].level
+def report(
+    results: list[Result],
+    baselines: dict[str, dict[str, float]],
+    out: Path,
+    settings: dict[str, Any],
+) -> None:
+    """Samples and tables on the screen and in results.txt, the plot in `out`."""
+    unit = "bits per character" if results[0].level == "char" else "perplexity"
+    tables = [scores_table(results, baselines, unit)]
+    tables += [answers_table(results)] if results[0].answers else []
     for result in results:
         if result.text:
             console.rule(f"text from {result.clip}")
             console.print(result.text, markup=False)
-    unit = "bits per character" if level == "char" else "perplexity"
-    table = Table(title=unit, box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in ("", "valid", "best", "test", "max norm", "clip rate", "diverged"):
+    make_directory(out)
+    used = {**settings, "gradclip_jax": gradclip_jax.__version__}
+    save_results(out, tables, used, ("jax", "flax", "optax", "numpy"))
+    picture = out / ("compare.png" if len(results) > 1 else "run.png")
+    draw(results, baselines, picture)
+    console.print(f"Plot: {picture}\nScalars: tensorboard --logdir {out}")
+
+
+def scores_table(results: list[Result], baselines: dict[str, dict[str, float]], unit: str) -> Table:
+    """Losses of all runs and of the n-grams; `nats` is the mean of validation and test."""
+    # A terminal of 80 columns has room for two spaces between the columns.
+    table = Table(title=unit, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for name in ("", "valid", "best", "test", "nats", "max norm", "clip rate", "diverged"):
         table.add_column(name, justify="right" if name else "left", no_wrap=not name)
+    level = results[0].level
     for result in results:
         scores = (result.valid[-1], min(result.valid), result.test)
         norms = result.history["grad_norm"]
         table.add_row(
             result.clip,
             *(f"{in_units(nats, level):.4g}" for nats in scores),
+            f"{(result.valid[-1] + result.test) / 2:.4g}",
             f"{np.max(norms):.2g}",
             f"{result.clip_count / len(norms):.0%}",
             "yes" if result.diverged(baselines["1-gram"]["valid"]) else "no",
         )
     for name, nats in baselines.items():
         valid, test = (f"{in_units(nats[split], level):.4g}" for split in ("valid", "test"))
-        table.add_row(name, valid, valid, test, "", "", "")
-    console.print(table)
-    picture = out / ("compare.png" if len(results) > 1 else "run.png")
-    draw(results, baselines, picture)
-    console.print(f"Plot: {picture}\nScalars: tensorboard --logdir {out}")
+        table.add_row(
+            name, valid, valid, test, f"{(nats['valid'] + nats['test']) / 2:.4g}", "", "", ""
+        )
+    return table
+
+
+def answers_table(results: list[Result]) -> Table:
+    """The share of questions in the test split that were answered word for word."""
+    table = Table(title="right answers", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    counts = [result.answers or {} for result in results]
+    kinds = sorted(counts[0])
+    for name in ("", "all", *kinds):
+        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
+    for result, count in zip(results, counts, strict=True):
+        pairs = [np.sum([*count.values()], axis=0), *(count[kind] for kind in kinds)]
+        table.add_row(result.clip, *(f"{right / asked:.1%}" for right, asked in pairs))
+    asked = [counts[0][kind][1] for kind in kinds]
+    table.add_row("questions", str(sum(asked)), *map(str, asked))
+    return table
 
 
 def draw(results: list[Result], baselines: dict[str, dict[str, float]], picture: Path) -> None:
