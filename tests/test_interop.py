@@ -423,7 +423,11 @@ CONFIGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("config", "make"), CONFIGS, ids=lambda x: str(x)[:60])
+@pytest.mark.parametrize(
+    ("config", "make"),
+    CONFIGS,
+    ids=[f"{i}-{config['method']}" for i, (config, _) in enumerate(CONFIGS)],
+)
 def test_a_config_is_the_call_that_it_describes(config, make):
     before = repr(config)
     assert_alike(from_config(config), make(gradclip_jax))

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +108,9 @@ def test_rows_go_to_tensorboard_csv_and_json_lines(tmp_path):
     column = header.split(",").index("grad_norm")
     assert [line.split(",")[column] for line in lines] == ["1.0", "2.5"]
     (file,) = (tmp_path / "board").iterdir()
+    deadline = time.monotonic() + 30
+    while ("grad_norm", 2.5) not in scalars(file.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert ("grad_norm", 2.5) in scalars(file.read_bytes())
 
 
@@ -115,6 +119,8 @@ def scalars(records: bytes) -> list[tuple[str, float]]:
     found, at = [], 0
     while at < len(records):
         size = int.from_bytes(records[at : at + 8], "little")
+        if at + 16 + size > len(records):  # it is being written
+            break
         event = event_pb2.Event.FromString(records[at + 12 : at + 12 + size])
         found += [(value.tag, value.simple_value) for value in event.summary.value]
         at += 16 + size

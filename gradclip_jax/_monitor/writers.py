@@ -1,5 +1,6 @@
 """Where a monitor's rows go: TensorBoard, CSV, JSON lines. Any callable of step and row serves."""
 
+import atexit
 import csv
 import json
 import math
@@ -12,7 +13,7 @@ Writer = Callable[[int, dict[str, float]], Any]
 
 
 def to_tensorboard(directory: str | os.PathLike[str]) -> Writer:
-    """Write rows as TensorBoard scalars; needs tensorboardX.
+    """Write rows as TensorBoard scalars, on disk within a second; needs tensorboardX.
 
     Args:
       directory: Where the event files go; it is made.
@@ -31,13 +32,14 @@ def to_tensorboard(directory: str | os.PathLike[str]) -> Writer:
         raise ImportError(
             "`to_tensorboard` needs tensorboardX: `pip install 'gradclip-jax[tensorboard]'`."
         ) from error
-    writer = SummaryWriter(os.fspath(directory))
+    # A thread of its own writes the events, and its `flush` does not wait for them.
+    writer = SummaryWriter(os.fspath(directory), flush_secs=1)
+    atexit.register(writer.close)
 
     def write(step: int, row: dict[str, float]) -> None:
         for key, value in row.items():
             if math.isfinite(value):
                 writer.add_scalar(key, value, step)
-        writer.flush()
 
     return write
 
