@@ -3,7 +3,7 @@
     python examples/resnet_agc.py
 
 trains the same network on handwritten digits with large batches, at learning rates that each are
-four times the one before, with adaptive gradient clipping and without it. The table has the
+twice the one before, with adaptive gradient clipping and without it. The table has the
 accuracies, the plot the losses on the way there. `--data DIR` takes CIFAR-10 instead (the "python
 version" of https://www.cs.toronto.edu/~kriz/cifar.html, unpacked).
 
@@ -53,7 +53,7 @@ class Conv(nnx.Module):
 
     ŵ = gain · (w − mean) / (standard deviation · √fan-in), over the weights of each output, so
     that at a gain of 1 a channel has mean 0 and variance 1 whatever the weights are. Brock, De,
-    Smith 2021, https://arxiv.org/abs/2101.08692, equation 2.
+    Smith 2021, https://arxiv.org/abs/2101.08692.
     """
 
     def __init__(self, size: int, inputs: int, outputs: int, *, stride: int = 1, rngs: nnx.Rngs):
@@ -387,7 +387,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--data", type=Path, help="directory of CIFAR-10; default: scikit-learn's digits")
     add("--learning-rates", type=float, nargs="+", metavar="RATE",
-        default=[0.05, 0.2, 0.8, 3.2, 12.8], help="highest of each run")  # fmt: skip
+        default=[0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4], help="highest of each run")  # fmt: skip
     add("--seeds", type=int, default=3, help="runs from each learning rate, from --seed on")
     add("--clipping", type=float, default=0.01, help="fraction of the norm of a unit's weights")
     add("--steps", type=int, default=200)
