@@ -450,8 +450,9 @@ class Monitor:
 
     def _keep(self, row: Row, numbers: dict[str, float]) -> None:
         """Append a row to the history."""
-        for path in row.leaves.keys() - self._leaves.keys():
-            self._leaves[path] = array("d", [math.nan]) * len(self._steps)
+        for path in row.leaves:
+            if path not in self._leaves:
+                self._leaves[path] = array("d", [math.nan]) * len(self._steps)
         for path, column in self._leaves.items():
             column.append(row.leaves.get(path, math.nan))
         for name, column in self._columns.items():
