@@ -307,7 +307,8 @@ def compare(args: argparse.Namespace) -> None:
         check_number(name, getattr(args, name), low, high)
     for rate in args.learning_rates:
         check_number("learning_rates", rate, 1e-9, 1e9)
-    start, forms, comparisons = time.monotonic(), {}, []
+    start, fresh = time.monotonic(), not any(args.out.glob("*/checkpoints"))
+    forms, comparisons = {}, []
     for series in load_series():
         origins = series.origins(series.test, len(series.values), args.every)
         ets, form = forecast_ets(series, origins)
@@ -331,7 +332,8 @@ def compare(args: argparse.Namespace) -> None:
     options = ("learning_rates", "max_norm", "steps", "seeds", "seed", "units", "context", "every")
     settings = {name: getattr(args, name) for name in options}
     settings["ETS"] = forms
-    settings["seconds"] = round(time.monotonic() - start)
+    if fresh:  # a run that was continued took longer than this command
+        settings["seconds"] = round(time.monotonic() - start)
     packages = ("jax", "flax", "optax", "statsmodels", "pandas", "numpy")
     save_results(args.out, map(make_table, comparisons), settings, packages)
     console.print(f"Plot: {picture}\nScalars: tensorboard --logdir {args.out}")
@@ -388,7 +390,7 @@ def draw(comparisons: list[Comparison], every: int, picture: Path) -> None:
         narrow.set(title="scaled error by steps ahead", yscale="log")
         if not row:
             figure.legend(*narrow.get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    figure.savefig(picture, dpi=65)
+    figure.savefig(picture, dpi=60)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,8 +4,8 @@
 
 generates card histories, of which 1 % end in fraud, and trains the detector that
 `fraud_detection.json` describes, with its clip and without, on logarithms of amounts and on raw
-amounts, whose tail is so heavy that gradients explode. Gradient boosting on aggregated features
-is the baseline. It ends in a table and a plot.
+amounts, whose heavy tail makes the largest gradients many times as large. Gradient boosting on
+aggregated features is the baseline. It ends in a table and a plot.
 
 The recipe is the usual one for such a classifier: the state after the last transaction gives the
 probability of fraud, trained by Adam on the binary cross-entropy, with each array's gradient
@@ -325,7 +325,8 @@ def detect(args: argparse.Namespace) -> None:
     check_number("steps", args.steps, 1)
     if args.steps is not None:
         config["training"]["steps"] = args.steps
-    start, data = time.monotonic(), config["data"]
+    start, fresh = time.monotonic(), not any(args.out.glob("*/checkpoints"))
+    data = config["data"]
     train_cards, valid, test = (
         generate(np.random.default_rng([args.seed, number]), data[f"{split}_cards"],
                  data["length"], data["fraud_rate"], data["tail_index"])
@@ -356,8 +357,9 @@ def detect(args: argparse.Namespace) -> None:
 
     picture = args.out / "fraud_detection.png"
     draw(results, test, picture)
-    seconds = round(time.monotonic() - start)
-    settings = {**config, "seed": args.seed, "seconds": seconds}
+    settings = {**config, "seed": args.seed}
+    if fresh:  # a run that was continued took longer than this command
+        settings["seconds"] = round(time.monotonic() - start)
     packages = ("jax", "flax", "optax", "scikit-learn", "numpy")
     save_results(args.out, make_tables(results), settings, packages)
     console.print(f"Plot: {picture}\nScalars: tensorboard --logdir {args.out}")
