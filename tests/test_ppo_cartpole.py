@@ -71,7 +71,7 @@ def test_the_pole_falls_at_2_4_metres_and_at_12_degrees(place, value, fallen):
 # Learning
 
 
-def test_a_fall_is_worth_nothing_and_an_episode_cut_off_keeps_its_value():
+def test_a_lost_episode_is_worth_nothing_and_one_cut_off_keeps_its_value():
     value, after, yes, no = jnp.zeros((1, 3)), jnp.full((1, 3), 10.0), True, False
     found = advantages(value, after, jnp.array([[no, yes, no]]), jnp.array([[no, yes, yes]]))
     np.testing.assert_allclose(found, [[10.9, 1.0, 10.9]], rtol=1e-6)
@@ -109,6 +109,22 @@ def test_the_loss_is_that_of_the_paper():
     np.testing.assert_allclose(found, error / 2 - gain - 0.01 * entropy, rtol=1e-5)
 
 
+@pytest.mark.parametrize("bootstrap", [False, True])
+def test_only_with_bootstrap_an_episode_that_is_cut_off_keeps_its_value(bootstrap):
+    # All are one step before the limit, far from a fall; the value is 10 everywhere.
+    state, elapsed = jnp.zeros((ppo_cartpole.ENVS, 4)), jnp.full(ppo_cartpole.ENVS, 499)
+    agent = ppo_cartpole.Agent(None, (), state, elapsed, jax.random.key(0))
+    play = jax.jit(lambda agent: ppo_cartpole.play(constant_policy, agent, bootstrap))
+    _, batch, returns, episodes = play(agent)
+    np.testing.assert_allclose(batch.advantage[0], 0.9 if bootstrap else -9, rtol=1e-5)
+    assert returns >= 4 * 500
+    assert episodes >= 4
+
+
+def constant_policy(state):
+    return jnp.zeros((*state.shape[:-1], 2)), jnp.full(state.shape[:-1], 10.0)
+
+
 def test_mean_returns_count_each_episode_once():
     returns, episodes = [10.0, 0.0, 50.0, 30.0], [1.0, 0.0, 2.0, 1.0]
     history = {"returns/0": returns, "returns/1": [0.0] * 4,
@@ -141,7 +157,9 @@ def test_three_updates_leave_a_table_and_a_plot_and_an_interrupted_run_the_same_
 
         return train(stopping, *arguments, **keywords)
 
-    args = argparse.Namespace(seed=0, steps=3, seeds=2, learning_rate=2.5e-4, max_norm=0.5)
+    args = argparse.Namespace(
+        seed=0, steps=3, seeds=2, learning_rate=2.5e-4, max_norm=0.5, bootstrap=False
+    )
     monkeypatch.setattr(ppo_cartpole, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ppo_cartpole.train_agents(args, 0.5, parts)
