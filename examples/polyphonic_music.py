@@ -114,7 +114,8 @@ def compare(args: argparse.Namespace) -> None:
     }
     given = {name: getattr(args, name) for name in ("epochs", "units") if getattr(args, name)}
     make_directory(args.out)
-    started, results, music = time.monotonic(), [], {}
+    started, fresh = time.monotonic(), not any(args.out.glob("*/checkpoints"))
+    results, music = [], {}
     for name, collection in collections.items():
         of_collection = [
             fit(name, recipe._replace(**given), collection, args)
@@ -125,7 +126,7 @@ def compare(args: argparse.Namespace) -> None:
         music[name] = compose(best, collection["valid"][0], args.compose, args.seed)
         (args.out / f"{name}.mid").write_bytes(midi(music[name], FRAMES_PER_BEAT[name]))
         results += of_collection
-    report(results, collections, started, args.out)
+    report(results, collections, started if fresh else None, args.out)
     draw(results, collections, music, args.out / "polyphonic_music.png")
 
 
@@ -438,7 +439,7 @@ def variable_length(number: int) -> bytes:
 
 
 def report(
-    results: list[Result], collections: dict[str, Collection], started: float, out: Path
+    results: list[Result], collections: dict[str, Collection], started: float | None, out: Path
 ) -> None:
     """For each method its best learning rate in validation, what counting and papers reached."""
     tables = []
@@ -460,8 +461,9 @@ def report(
             test, of_pieces = (f"{value:.3f}" for value in count_keys(collection, markov))
             table.add_row(text, test, "", of_pieces)
         tables.append(table)
-    settings["seconds"] = round(time.monotonic() - started)
-    settings["seconds of CPU time"] = round(time.process_time())
+    if started is not None:  # a run that was continued took longer than this command
+        settings["seconds"] = round(time.monotonic() - started)
+        settings["seconds of CPU time"] = round(time.process_time())
     save_results(out, tables, settings, ["jax", "flax", "optax", "numpy"])
     console.print(f"Music, plot and table: {out}\nScalars: tensorboard --logdir {out}")
 
@@ -505,16 +507,12 @@ def draw(
                       ls="-" if limit < math.inf else "--", label=label(limit, rate))  # fmt: skip
         known, _ = count_keys(collections[result.collection], markov=True)
         axes.axhline(known, color="grey", ls=":", label="last frame")
-        for paper in (result.recipe.paper_clipped, result.recipe.paper_unclipped):
-            if paper:
-                axes.axhline(paper, color="black", ls="-.", label=f"paper, test: {paper:.2f}")
-        axes.set(
-            title=result.name,
-            xlabel="epoch",
-            ylabel="validation, nats per step",
-            ylim=(min(3, known, result.valid.min()), 1.5 * known),
-        )
-        axes.legend(fontsize="x-small")
+        papers = [p for p in (result.recipe.paper_clipped, result.recipe.paper_unclipped) if p]
+        for paper in papers:
+            axes.axhline(paper, color="black", ls="-.", label=f"paper, test: {paper:.2f}")
+        axes.set(title=result.name, xlabel="epoch", ylabel="validation, nats per step",
+                 ylim=(0.95 * min(known, *papers, result.valid.min()), 1.15 * known))  # fmt: skip
+        axes.legend(fontsize="x-small", loc="upper right")
     for line, (name, roll) in enumerate(music.items(), start=1):
         axes = figure.add_subplot(grid[line, :])
         axes.imshow(roll.T, cmap="Greys", aspect="auto", origin="lower", interpolation="nearest")

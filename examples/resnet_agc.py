@@ -347,7 +347,7 @@ def draw(rates: list[float], results: dict[str, list[Result]], picture: Path) ->
                 label=f"{rate:g}",
             )  # fmt: skip
         axes.set(title=name, xlabel="step", ylabel="loss", yscale="log", ylim=(1e-4, 1e3))
-        axes.legend(title="learning rate", fontsize="small")
+        axes.legend(title="learning rate", fontsize="small", loc="upper right")
     left.set(xscale="log", xlabel="learning rate", ylabel="test accuracy", ylim=(0, 1.02))
     left.legend()
     figure.savefig(picture, dpi=100)
