@@ -46,13 +46,6 @@ import gradclip_jax
 
 CONFIG = Path(__file__).with_suffix(".json")
 OPTIMIZERS = {"adam": optax.adam, "adamw": optax.adamw, "rmsprop": optax.rmsprop, "sgd": optax.sgd}
-CLIPS = {
-    "clip_by_norm": gradclip_jax.clip_by_norm,
-    "clip_by_global_norm": gradclip_jax.clip_by_global_norm,
-    "clip_by_unit_norm": gradclip_jax.clip_by_unit_norm,
-    "clip_by_value": gradclip_jax.clip_by_value,
-    "adaptive_grad_clip": gradclip_jax.adaptive_grad_clip,
-}
 BOOSTING: dict[str, Any] = {"learning_rate": 0.03, "max_iter": 200, "early_stopping": False}
 # What each value of the config may be: one of these names, or a number (whole where the limits
 # are) between two limits, both included.
@@ -63,7 +56,7 @@ RULES: dict[str, dict[str, Any]] = {
     },
     "model": {"units": (1, 10_000)},
     "optimizer": {"method": OPTIMIZERS, "learning_rate": (1e-8, 10.0)},
-    "gradient_clip": {"method": CLIPS, "threshold": (0.0, math.inf)},
+    "gradient_clip": {},  # whatever `gradclip_jax.from_config` takes
     "training": {"batch": (1, 10**6), "steps": (1, 10**9), "seeds": (1, 1000)},
 }  # fmt: skip
 
@@ -221,7 +214,7 @@ def make_optimizer(config: str, clips: bool) -> optax.GradientTransformation:
         json.loads(config)[section] for section in ("gradient_clip", "optimizer", "training")
     )
     if clips:
-        first = CLIPS[clip["method"]](clip["threshold"])
+        first = gradclip_jax.from_config(clip)
     else:
         first = gradclip_jax.clip_by_global_norm(math.inf, on_nonfinite="propagate")
     half = training["steps"] // 2
@@ -375,15 +368,29 @@ def read_config(file: Path) -> dict[str, Any]:
     config = json.loads(CONFIG.read_text(encoding="utf-8"))
     for section, values in check_object("its top", given).items():
         check_name("its top", section, RULES)
+        before = config[section]
+        if section == "gradient_clip" and "method" in check_object(section, values):
+            before = {}  # the threshold of another clip says nothing about this one
         for key, value in check_object(section, values).items():
-            check_name(section, key, RULES[section])
-            rule = RULES[section][key]
-            if isinstance(rule, dict):
-                check_name(f"{section}.{key}", value, rule)
-            else:
-                check_value(f"{section}.{key}", value, *rule)
-            config[section][key] = value
+            if section != "gradient_clip":
+                check_value(section, key, value)
+        config[section] = before | values
+    check_clip(config["gradient_clip"])
     return config
+
+
+def check_clip(config: dict[str, Any]) -> None:
+    try:
+        clip = gradclip_jax.from_config(config)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"`--config` must describe a clip at gradient_clip, got {config}: {error}"
+        ) from None
+    measured = gradclip_jax.metrics(clip.init({"w": jnp.zeros((2, 2))}))
+    if not measured.keys() >= {"grad_norm", "clipped"}:
+        raise InputError(
+            f"`--config` must have a clip that measures a norm at gradient_clip, got {config}."
+        )
 
 
 def check_object(where: str, value: Any) -> dict[str, Any]:
@@ -401,7 +408,13 @@ def check_name(where: str, name: Any, known: dict[str, Any]) -> None:
         )
 
 
-def check_value(where: str, value: Any, low: float, high: float) -> None:
+def check_value(section: str, key: str, value: Any) -> None:
+    check_name(section, key, RULES[section])
+    where, rule = f"{section}.{key}", RULES[section][key]
+    if isinstance(rule, dict):
+        check_name(where, value, rule)
+        return
+    low, high = rule
     kind = "a whole number" if isinstance(low, int) else "a number"
     right = type(value) is int or (type(value) is float and isinstance(low, float))
     if not (right and low <= value <= high):

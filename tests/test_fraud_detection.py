@@ -125,9 +125,13 @@ def test_three_steps_leave_a_table_and_a_plot_and_are_not_run_again(
         ({"gradient_clipping": {}}, "at its top, got 'gradient_clipping'; nearest: gradient_clip"),
         ({"model": {"unit": 3}}, "at model, got 'unit'; nearest: units"),
         ({"model": 3}, "an object {…} at model, got 3"),
-        ({"gradient_clip": {"method": "clip_norm"}}, "got 'clip_norm'; nearest: clip_by_norm"),
+        ({"gradient_clip": {"method": "clip_norm", "threshold": 1.0}}, "clip_by_norm"),
+        ({"gradient_clip": {"method": "clip_by_norm"}}, "must have a `max_norm`"),
+        ({"gradient_clip": {"method": "zclip", "z": 2}}, "z_max"),
+        ({"gradient_clip": 3}, "an object {…} at gradient_clip, got 3"),
+        ({"gradient_clip": {"method": "zero_nonfinite"}}, "gradient_clip"),
         ({"optimizer": {"method": ["adam"]}}, "a known name at optimizer.method, got ['adam']"),
-        ({"gradient_clip": {"threshold": -1}}, "a number from 0 to inf at gradient_clip.threshold"),
+        ({"gradient_clip": {"threshold": -1}}, "must be non-negative, got -1"),
         ({"gradient_clip": {"threshold": float("nan")}}, "got nan"),
         ({"training": {"batch": 2.5}}, "a whole number from 1 to 1e+06 at training.batch, got 2.5"),
         ({"training": {"seeds": True}}, "got True"),
@@ -140,6 +144,17 @@ def test_a_config_that_cannot_be_used_is_refused_with_the_nearest_name(change, m
     with pytest.raises(InputError) as refusal:
         fraud_detection.read_config(file)
     assert message in str(refusal.value)
+
+
+def test_the_clip_may_be_any_strategy_and_keeps_its_method_where_only_the_threshold_is_given(
+    tmp_path,
+):
+    def clip_of(section):
+        (tmp_path / "config.json").write_text(json.dumps({"gradient_clip": section}))
+        return fraud_detection.read_config(tmp_path / "config.json")["gradient_clip"]
+
+    assert clip_of({"threshold": 2.0}) == {"method": "clip_by_norm", "threshold": 2.0}
+    assert clip_of({"method": "zclip", "z_max": 3}) == {"method": "zclip", "z_max": 3}
 
 
 def test_a_config_that_is_missing_or_damaged_is_named(tmp_path, capsys):
