@@ -80,7 +80,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # For one text; that of Tiny Shakespeare (a million characters) takes minutes on two cores.
     "shakespeare": {
-        "level": "char", "units": 256, "dropout": 0.1, "batch": 32, "unroll": 64, "epochs": 8,
+        "level": "char", "units": 256, "dropout": 0.1, "batch": 32, "unroll": 64, "epochs": 3,
         "optimizer": "adam", "learning_rate": 3e-3, "max_norm": 5.0,
     },
     "chatbot": {
