@@ -18,7 +18,7 @@ USABLE = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 # In this order they are the sections of benchmarks/results/<machine>.md.
 BENCHMARKS = step_overhead norm compile_time strategies scaling
 
-.PHONY: help demo test bench lint format notebooks reference clean
+.PHONY: help demo test bench lint format notebooks docs reference clean
 
 help:  ## show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -52,6 +52,10 @@ format: $(VENV)/.dev  ## fix style and format in place
 
 notebooks: $(VENV)/.dev  ## execute the notebooks and write their twins with outputs
 	@$(BIN)/python notebooks/execute.py
+
+docs: $(VENV)/.dev  ## build the documentation into build/site
+	@$(BIN)/python -m sphinx -W -n --keep-going -q -c docs -d build/doctrees . build/site
+	@echo "The site is build/site/index.html."
 
 reference:  ## say how to make the reference numbers anew (by hand)
 	@echo "The numbers in tests/reference/*.json are made by hand. Those of other frameworks, with them:"

@@ -1,0 +1,99 @@
+"""The site: `make docs`, or `sphinx-build -W -n --keep-going -c docs . build/site`.
+
+The source directory is the root of the repository, so a link between two files is the same link on
+the site. Nothing is fetched, neither by the build nor by its pages, and no notebook is executed:
+the suite does that.
+"""
+
+import importlib
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+project = "gradclip_jax"
+copyright = "the authors of gradclip_jax, Apache-2.0"
+version = release = importlib.import_module(project).__version__
+
+root_doc = "docs/index"
+include_patterns = ["docs/*.md", "docs/api/*.md", "notebooks/*.ipynb", "benchmarks/results/*.md"]
+exclude_patterns = [".*", "build", "dist", "runs", "demo", "docs/playground"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx_copybutton",
+    "docstrings",  # docs/docstrings.py
+]
+
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
+myst_heading_anchors = 4
+nb_execution_mode = "off"
+nb_ipywidgets_js: dict[str, Any] = {}
+nb_merge_streams = True
+
+# The docstrings say what each argument is; the types of pytrees would only hide its name.
+autodoc_typehints = "none"
+autodoc_preserve_defaults = True
+autodoc_member_order = "bysource"
+toc_object_entries_show_parents = "hide"
+nitpick_ignore = [("py:exc", name) for name in ("ImportError", "RuntimeError", "ValueError")]
+
+MATHJAX = "sphinx-mathjax-offline"  # a package that holds MathJax 3 as it is
+mathjax_path = "mathjax/tex-svg.js"
+mathjax3_config = {
+    "loader": {"load": ["[tex]/textmacros"]},  # `\_` in `\text{}`
+    "tex": {"packages": {"[+]": ["textmacros"]}},
+}
+
+html_theme = "furo"
+html_title = project
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_theme_options = {
+    "light_css_variables": {"color-brand-primary": "#0072b2", "color-brand-content": "#0072b2"},
+    "dark_css_variables": {"color-brand-primary": "#56b4e9", "color-brand-content": "#56b4e9"},
+}
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+FRONT = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="refresh" content="0; url=docs/index.html">
+<title>gradclip_jax</title>
+<a href="docs/index.html">gradclip_jax</a>
+</html>
+"""
+
+
+def finish(app: Sphinx, error: Exception | None) -> None:
+    """Add what Sphinx does not make: MathJax, the playground as it is, and a front door."""
+    if error or app.builder.format != "html":
+        return
+    spec = importlib.util.find_spec(MATHJAX)
+    assert spec
+    assert spec.origin
+    source, out = Path(spec.origin).parent / "static" / "mathjax", Path(app.outdir)
+    for name in ("tex-svg.js", "input/tex/extensions/textmacros.js"):
+        target = out / "_static" / "mathjax" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target)
+    playground = ROOT / "docs" / "playground"
+    if playground.exists():
+        shutil.copytree(playground, out / "docs" / "playground", dirs_exist_ok=True)
+    (out / "index.html").write_text(FRONT, encoding="utf-8")
+
+
+def setup(app: Sphinx) -> None:
+    """Add the hook to the build."""
+    app.connect("build-finished", finish)

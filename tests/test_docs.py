@@ -1,0 +1,294 @@
+"""The site builds, its links lead somewhere, and a newcomer who follows its page gets through."""
+
+import html.parser
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from registry import public_limits, public_strategies
+from test_layers import LAYERS
+
+import gradclip_jax
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PUBLIC = [
+    name
+    for name, value in vars(gradclip_jax).items()
+    if not name.startswith("_") and not hasattr(value, "__path__")
+]
+
+
+LOADS = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src"}
+
+
+class Page(html.parser.HTMLParser):
+    """What a page can be linked by, what it links to, what it loads, and its text."""
+
+    def __init__(self, file: Path):
+        super().__init__()
+        self.anchors, self.links, self.loads, self.styles = set(), [], [], []
+        self.texts: list[str] = []
+        self._within: list[str] = []
+        self.feed(file.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.anchors |= {given[key] for key in ("id", "name") if given.get(key)}
+        if tag in ("a", "area") and given.get("href"):
+            self.links.append(given["href"])
+        if given.get(LOADS.get(tag, "")):
+            self.loads.append(given[LOADS[tag]])
+        self.styles.append(given.get("style") or "")
+        if tag in ("script", "style"):
+            self._within.append(tag)
+
+    def handle_endtag(self, tag):
+        if self._within and self._within[-1] == tag:
+            self._within.pop()
+
+    def handle_data(self, data):
+        if self._within[-1:] == ["style"]:
+            self.styles.append(data)
+        elif not self._within:
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+def build(folder: Path) -> None:
+    """The strict build; what it says goes into a file, which is there when it is done."""
+    command = [sys.executable, "-m", "sphinx", "-W", "-n", "--keep-going", "-q", "-c", "docs"]
+    done = subprocess.run(
+        [*command, "-d", folder / "doctrees", ".", folder / "html"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = done.stdout + done.stderr + ("" if done.returncode == 0 else "The build failed.")
+    (folder / "said.part").write_text(said, encoding="utf-8")
+    (folder / "said.part").rename(folder / "said")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> Path:
+    """The folder of one build for all tests, and for all workers of xdist."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "site"
+    try:
+        folder.mkdir()
+    except FileExistsError:  # another worker builds it
+        end = time.monotonic() + 600
+        while not (folder / "said").exists() and time.monotonic() < end:
+            time.sleep(0.5)
+    else:
+        build(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def site(built) -> dict[Path, Page]:
+    return {file: Page(file) for file in sorted((built / "html").rglob("*.html"))}
+
+
+def test_the_site_builds_without_a_warning(built):
+    assert (built / "said").read_text(encoding="utf-8") == ""
+
+
+def is_local(link: str) -> bool:
+    return not urlsplit(link).scheme and not urlsplit(link).netloc
+
+
+def test_every_link_and_anchor_within_the_site_leads_somewhere(site):
+    broken = []
+    for file, page in site.items():
+        for link in filter(is_local, page.links + page.loads):
+            parts = urlsplit(link)
+            target = (file.parent / unquote(parts.path)).resolve() if parts.path else file
+            target = target / "index.html" if target.is_dir() else target
+            anchor = unquote(parts.fragment)
+            known = not anchor or target not in site or anchor in site[target].anchors
+            if not target.exists() or not known:
+                broken.append(f"{file.name}: {link}")
+    assert broken == []
+    assert len(site) > 20
+
+
+def test_no_page_loads_anything_from_the_network(site, built):
+    for file, page in site.items():
+        elsewhere = [load for load in page.loads if not is_local(load)]
+        assert [load for load in elsewhere if not load.startswith("data:")] == [], file.name
+    styles = {file: file.read_text(encoding="utf-8") for file in (built / "html").rglob("*.css")}
+    styles |= {file: "\n".join(page.styles) for file, page in site.items()}
+    for file, style in styles.items():
+        assert not re.search(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//", style), file.name
+
+
+def test_equations_are_drawn_by_what_lies_beside_the_pages(site, built):
+    html_folder = built / "html"
+    strategies = html_folder / "docs" / "api" / "strategies.html"
+    assert any(load.endswith("mathjax/tex-svg.js") for load in map(plain, site[strategies].loads))
+    assert (html_folder / "_static/mathjax/input/tex/extensions/textmacros.js").exists()
+    for file, page in site.items():
+        if (html_folder / "docs" / "api") in file.parents:
+            assert "$$" not in page.text, file.name
+            assert "`" not in page.text, file.name
+
+
+def plain(link: str) -> str:
+    return urlsplit(link).path
+
+
+def test_every_public_name_has_an_entry_in_the_reference(site, built):
+    api = built / "html" / "docs" / "api"
+    anchors = set().union(*(page.anchors for file, page in site.items() if api in file.parents))
+    assert {f"gradclip_jax.{name}" for name in PUBLIC} <= anchors
+    assert len(PUBLIC) > 60
+
+
+def test_every_strategy_limit_response_and_norm_has_its_equation_in_a_table():
+    rows = "\n".join(page.read_text() for page in sorted((DOCS / "api").glob("*.md")))
+    shown = {
+        name
+        for cell, rest in re.findall(r"^\| (`.*?) \|(.*)$", rows, flags=re.MULTILINE)
+        for name in re.findall(r"`(\w+)", cell)
+        if "$" in rest
+    }
+    responses = {"shrink", "normalize", "smooth", "smooth_sqrt", "smooth_tanh", "drop"}
+    norms = {"global_norm", "leaf_norms", "unit_norms", "group_norms"}
+    others = {"clip_cotangent", "from_torch", "from_keras", "from_lightning", "from_transformers"}
+    wanted = {*public_strategies(), *public_limits(), *responses, *norms, *others}
+    assert wanted - {"clip_to_limit"} <= shown
+    assert shown <= set(PUBLIC)
+
+
+def test_notebooks_benchmarks_and_examples_are_on_the_site(site, built):
+    for folder, suffix in (("notebooks", ".ipynb"), ("benchmarks/results", ".md")):
+        for source in (ROOT / folder).glob(f"*{suffix}"):
+            assert (built / "html" / folder / source.name).with_suffix(".html") in site
+    examples = (DOCS / "examples.md").read_text()
+    for result in (ROOT / "examples" / "results").iterdir():
+        assert f"../examples/results/{result.name}" in examples
+    for example in (ROOT / "examples").glob("*.py"):
+        assert f"examples/{example.name}" in examples
+    benchmarks = (DOCS / "benchmarks.md").read_text()
+    for benchmark in (ROOT / "benchmarks").glob("*.py"):
+        assert benchmark.stem == "harness" or f"benchmarks/{benchmark.name}" in benchmarks
+
+
+def test_the_commands_of_the_benchmarks_are_those_of_their_results():
+    results = "\n".join(page.read_text() for page in (ROOT / "benchmarks/results").glob("*.md"))
+    commands = re.findall(r"`(python benchmarks/.*?)`", (DOCS / "benchmarks.md").read_text())
+    assert len(commands) >= 9
+    for command in commands:
+        assert f"`{command}`" in results, command
+
+
+def test_make_bench_runs_the_first_benchmarks_of_the_page():
+    named = re.findall(r"python benchmarks/(\w+)\.py", (DOCS / "benchmarks.md").read_text())
+    (line,) = re.findall(r"^BENCHMARKS = (.*)$", (ROOT / "Makefile").read_text(), flags=re.M)
+    assert set(named[:5]) == set(line.split())
+
+
+def test_the_layout_names_every_module_in_its_layer():
+    layer, named = -1, [set() for _ in LAYERS]
+    for number, module in re.findall(
+        r"^\| (\d*) ?\| `(\w+)`", (DOCS / "layout.md").read_text(), flags=re.M
+    ):
+        layer = int(number) if number else layer
+        named[layer].add(module)
+    assert named == LAYERS
+
+
+# Add a strategy in ten minutes
+
+
+TUTORIAL = (DOCS / "add_a_strategy.md").read_text()
+BLOCK = re.compile(r"^```\{code-block\} python\n((?::[^\n]*\n)+)\n(.*?)^```", re.M | re.DOTALL)
+
+
+def blocks() -> list[tuple[str, str, set[int], str]]:
+    """Of each block its file, what its caption says beside it, its marked lines, and itself."""
+    found = []
+    for options, body in BLOCK.findall(TUTORIAL):
+        given = dict(re.findall(r"^:([\w-]+): (.*)$", options, flags=re.MULTILINE))
+        file, beside = re.fullmatch(r'"`(.*)`(.*)"', given["caption"]).groups()
+        marked = {int(line) for line in given.get("emphasize-lines", "").split(",") if line}
+        found.append((file, beside, marked, body))
+    return found
+
+
+def write(folder: Path, file: str, marked: set[int], body: str) -> None:
+    """Add the marked lines behind those that stand before them; a block without is a file."""
+    if not marked:
+        assert not (folder / file).exists()
+        (folder / file).write_text(body)
+        return
+    known = "".join(
+        line for number, line in enumerate(body.splitlines(True), 1) if number not in marked
+    )
+    text = (folder / file).read_text()
+    assert text.count(known) == 1, f"{file} has another line than the page"
+    (folder / file).write_text(text.replace(known, body))
+
+
+@pytest.fixture
+def newcomer(tmp_path) -> Path:
+    """A copy of what is needed, in which the page was followed."""
+    cache = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "gradclip_jax", tmp_path / "gradclip_jax", ignore=cache)
+    (tmp_path / "tests").mkdir()
+    for name in ("pyproject.toml", "tests/conftest.py", "tests/registry.py", "tests/test_laws.py"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    for file, beside, marked, body in blocks():
+        if not beside:
+            write(tmp_path, file, marked, body)
+    return tmp_path
+
+
+def run_laws(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """The command of the page."""
+    (command,) = re.findall(r"^python (-m pytest .*)$", TUTORIAL, flags=re.MULTILINE)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    return subprocess.run(
+        [sys.executable, *shlex.split(command), "-q", "-p", "no:cacheprovider", *more],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_newcomer_adds_a_strategy_by_the_page_and_the_laws_test_it(newcomer):
+    (file,) = {file for file, _, marked, _ in blocks() if not marked}
+    done = run_laws(newcomer, "--doctest-modules", file)
+    assert done.returncode == 0, done.stdout
+    passed = int(re.findall(r"(\d+) passed", done.stdout)[0])
+    assert passed >= 100  # "a hundred tests"
+    for arguments in (["check"], ["format", "--check"]):
+        ruff = [sys.executable, "-m", "ruff", *arguments, "--no-cache", "gradclip_jax", "tests"]
+        checked = subprocess.run(ruff, cwd=newcomer, capture_output=True, text=True, check=False)
+        assert checked.returncode == 0, checked.stdout
+
+
+def test_the_laws_find_the_mistake_that_the_page_shows(newcomer):
+    ((file, _, marked, body),) = [block for block in blocks() if block[1]]
+    assert marked
+    text = (newcomer / file).read_text()
+    (newcomer / file).write_text(text[: text.index(body.splitlines()[0])] + body)
+    laws = re.findall(r"^\| `(test_\w+)` \|", TUTORIAL, flags=re.MULTILINE)
+    assert len(laws) == 4
+    done = run_laws(newcomer, "-k", f"mean_clip and ({' or '.join(laws)})")
+    assert done.returncode == 1, done.stdout
+    assert set(re.findall(r"^FAILED .*?::(test_\w+)", done.stdout, flags=re.M)) == set(laws)
