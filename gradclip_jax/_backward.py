@@ -1,9 +1,11 @@
 """Clip in the backward pass: an identity whose cotangent is clipped."""
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
 import optax
+from jax.core import Tracer, eval_jaxpr
 
 T = TypeVar("T")
 
@@ -36,15 +38,30 @@ def clip_cotangent(x: T, clip: optax.GradientTransformation) -> T:
     LSTM layers are clipped to lie within [-10, 10] (100 at the output).
     """
 
+    def clipped(cotangent: Any) -> Any:
+        return clip.update(cotangent, clip.init(cotangent))[0]
+
+    # A threshold that is traced outside of a `scan` must go in as an argument.
+    closed = jax.make_jaxpr(clipped)(x)
+    captured = [const for const in closed.consts if isinstance(const, Tracer)]
+
+    def update(cotangent: Any, captured: Sequence[Any]) -> Any:
+        if not captured:
+            return clipped(cotangent)
+        given = iter(captured)
+        consts = [next(given) if isinstance(c, Tracer) else c for c in closed.consts]
+        leaves, structure = jax.tree.flatten(cotangent)
+        return structure.unflatten(eval_jaxpr(closed.jaxpr, consts, *leaves))
+
     @jax.custom_vjp
-    def identity(x: T) -> T:
+    def identity(x: T, *captured: Any) -> T:
         return x
 
-    def forward(x: T) -> tuple[T, None]:
-        return x, None
+    def forward(x: T, *captured: Any) -> tuple[T, Any]:
+        return x, captured
 
-    def backward(_: None, cotangent: Any) -> Any:
-        return clip.update(cotangent, clip.init(cotangent))[:1]
+    def backward(captured: Sequence[Any], cotangent: T) -> Any:
+        return update(cotangent, captured), *[None] * len(captured)
 
     identity.defvjp(forward, backward)
-    return identity(x)
+    return identity(x, *captured)

@@ -137,3 +137,23 @@ def test_dtype_and_devices(mesh):
 def test_a_guard_serves_as_well():
     gradient = jax.grad(lambda x: jnp.inf * clip_cotangent(x, zero_nonfinite()))(1.0)
     assert float(gradient) == 0
+
+
+def test_a_threshold_may_be_traced_outside_of_a_scan():
+    def loss(weight, limit):
+        return scanned(weight, clip_by_global_norm(limit), 20)
+
+    weight, limits = jnp.float32(1.5), jnp.array([0.5, 1.0])
+    expected = [jax.grad(loss)(weight, float(limit)) for limit in limits]
+    compiled = jax.jit(jax.grad(loss))
+    np.testing.assert_allclose([compiled(weight, limit) for limit in limits], expected, rtol=1e-6)
+    mapped = jax.vmap(jax.grad(loss), (None, 0))(weight, limits)
+    np.testing.assert_allclose(mapped, expected, rtol=1e-6)
+
+
+def test_the_value_does_not_depend_on_the_threshold():
+    def loss(limit):
+        return 3 * scanned(2.0, clip_by_value(limit), 3)
+
+    assert float(jax.grad(loss)(0.5)) == 0
+    assert float(jax.jit(jax.grad(loss))(0.5)) == 0
