@@ -1,10 +1,19 @@
-"""Execute the notebooks and write their twins: `python notebooks/execute.py`.
+"""Execute the notebooks and write their twins.
+
+    python notebooks/execute.py                       # all of them
+    python notebooks/execute.py exploding_gradients   # those named
 
 A source is a Python file in the percent format of jupytext; its twin is the `.ipynb` with outputs.
+A twin shows no widgets: without a kernel they would stand still, and the cell in front of each has
+drawn the same picture. `interact` keeps errors to itself, so every picture that it moves is drawn
+again where an error counts: with all sliders at their lower and at their upper ends, and with every
+choice of every list.
 """
 
+import argparse
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import jupytext
@@ -21,6 +30,27 @@ SETTINGS = {
 }
 PYTHON = {"display_name": "Python 3", "language": "python", "name": "python3"}
 METADATA = {"kernelspec": PYTHON, "language_info": {"name": "python"}}
+WIDGET = "application/vnd.jupyter.widget-view+json"
+MOVE_THE_SLIDERS = """
+import gc
+import ipywidgets
+import matplotlib.pyplot
+
+def values(widget):
+    if hasattr(widget, "options"):  # values, or pairs of a label and a value, or a dict of them
+        options = widget.options
+        options = options.items() if isinstance(options, dict) else options
+        return [option[1] if isinstance(option, tuple) else option for option in options]
+    if hasattr(widget, "base"):  # a logarithmic slider
+        return [widget.base**widget.min, widget.base**widget.max]
+    return [widget.min, widget.max] if hasattr(widget, "min") else [widget.value]
+
+for picture in [item for item in gc.get_objects() if type(item) is ipywidgets.interactive]:
+    choices = {name: values(widget) for name, widget in zip(picture.kwargs, picture.children)}
+    for i in range(max(map(len, choices.values()))):
+        picture.f(**{name: choice[i % len(choice)] for name, choice in choices.items()})
+        matplotlib.pyplot.close("all")
+"""
 
 
 def read(source: Path) -> nbformat.NotebookNode:
@@ -34,6 +64,7 @@ def read(source: Path) -> nbformat.NotebookNode:
 def execute(source: Path) -> nbformat.NotebookNode:
     """The notebook with outputs, made by a fresh kernel of the Python that runs this."""
     notebook = read(source)
+    notebook.cells.append(nbformat.v4.new_code_cell(MOVE_THE_SLIDERS))
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "kernel.json")
         kernel = AsyncKernelManager(connection_file=file, transport="ipc")
@@ -41,10 +72,30 @@ def execute(source: Path) -> nbformat.NotebookNode:
         client = NotebookClient(notebook, kernel, timeout=120, record_timing=False)
         env = os.environ | SETTINGS | {"IPYTHONDIR": folder}
         client.execute(cleanup_kc=True, cwd=str(FOLDER), env=env)
+    moved = notebook.cells.pop()
+    warned = [output.text for output in moved.outputs if output.get("name") == "stderr"]
+    if warned:
+        raise RuntimeError(f"{source.name}: moving a slider warns.\n{''.join(warned)}")
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [item for item in cell.outputs if WIDGET not in item.get("data", {})]
     notebook.metadata = nbformat.from_dict(METADATA)
     return notebook
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Execute the notebooks and write their twins.")
+    names = [source.stem for source in SOURCES]
+    parser.add_argument(
+        "names", nargs="*", metavar="name", help=f"one of {', '.join(names)}; default: all"
+    )
+    chosen = parser.parse_args(arguments).names
+    if unknown := sorted(set(chosen) - set(names)):
+        parser.error(f"`name` must be one of {', '.join(names)}, got {', '.join(unknown)}.")
     for source in SOURCES:
-        nbformat.write(execute(source), source.with_suffix(".ipynb"))
+        if source.stem in chosen or not chosen:
+            nbformat.write(execute(source), source.with_suffix(".ipynb"))
+
+
+if __name__ == "__main__":
+    main()

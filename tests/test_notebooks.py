@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from nbclient.exceptions import CellExecutionError
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 sys.path.insert(0, str(NOTEBOOKS))
@@ -37,6 +38,61 @@ def twin_of(source: Path):
 def test_every_notebook_has_a_twin_and_every_twin_a_source():
     twins = {twin.stem for twin in NOTEBOOKS.glob("*.ipynb")}
     assert twins == {source.stem for source in execute.SOURCES} != set()
+
+
+@all_notebooks
+def test_the_twin_stands_without_a_kernel(source):
+    """No widgets, which would be empty, and small enough to be shown on the web."""
+    twin = twin_of(source)
+    outputs = [output for cell in code_cells(twin) for output in cell.outputs]
+    assert all(execute.WIDGET not in output.get("data", {}) for output in outputs)
+    assert "widgets" not in twin.metadata
+    assert source.with_suffix(".ipynb").stat().st_size < 700_000
+
+
+# What `interact` draws first is right; what it draws when the slider is moved to the left is not.
+MOVABLE = """\
+# %%
+import warnings
+from ipywidgets import FloatSlider, interact
+
+def draw(x=1.0):
+    {body}
+
+# %%
+_ = interact(draw, x=FloatSlider(1, min=0, max=2))
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "message"),
+    [
+        ("1 / x", CellExecutionError, "ZeroDivisionError"),
+        ("x or warnings.warn('too far left')", RuntimeError, "moving a slider warns.*too far left"),
+    ],
+    ids=["error", "warning"],
+)
+def test_a_picture_that_fails_at_the_end_of_a_slider_fails_the_run(tmp_path, body, error, message):
+    source = tmp_path / "movable.py"
+    source.write_text(MOVABLE.format(body=body))
+    with pytest.raises(error, match=f"(?s){message}"):
+        execute.execute(source)
+
+
+def test_the_command_refuses_a_notebook_that_is_not_there(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        execute.main(["many_devices", "nowhere"])
+    assert "`name` must be one of" in capsys.readouterr().err
+
+
+def test_the_command_writes_the_twins_that_it_is_asked_for(tmp_path, monkeypatch):
+    sources = [tmp_path / "first.py", tmp_path / "second.py"]
+    for source in sources:
+        source.write_text("# %%\nprint(1)\n")
+    monkeypatch.setattr(execute, "SOURCES", sources)
+    execute.main(["second"])
+    assert [path.name for path in tmp_path.glob("*.ipynb")] == ["second.ipynb"]
+    assert streams(twin_of(sources[1]), "stdout") == ["1\n"]
 
 
 # One test, so that only one worker of xdist runs the notebook.
