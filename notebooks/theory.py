@@ -483,9 +483,10 @@ def draw_runs(rate=0.1, seed=0):
 draw_runs()
 
 # %% [markdown]
-# A cross marks where a run diverges. Plain SGD and weight decay do so within fifty steps, the
-# schedule as soon as its warm-up has come near the full rate. All methods and learning rates (the
-# three numbers are the losses at the end, one for each seed; to guess costs 1):
+# A cross marks where a run diverges. Plain SGD and weight decay do so early, the schedule as soon as
+# its warm-up has come near the full rate. Such runs are chaotic: rounding decides about a single
+# one, and on another machine another one may live. All methods and learning rates (the three
+# numbers are the losses at the end, one for each seed; to guess costs 1):
 
 
 # %%
@@ -523,11 +524,10 @@ plt.show()
 name = list(METHODS).index
 for method in METHODS:
     if method in ("plain SGD", "weight decay 0.1", "warm-up and cosine"):
-        assert diverged[name(method), 1:].all()
-        print(f"{method}: diverges at 0.1 and 0.3, whatever the seed")
-early = losses[[name("plain SGD"), name("weight decay 0.1")], 1, 0, 49]
-assert not (early < 1e8).any()  # of the run drawn
-assert (last[name("clip, limit 1")] < 0.2).all()
+        assert diverged[name(method), 1].sum() >= 2
+        assert diverged[name(method), 2].all()
+        print(f"{method}: most seeds diverge at 0.1, all at 0.3")
+assert (last[name("clip, limit 1")] < 0.5).all()
 print("clip, limit 1: learns at every learning rate, whatever the seed")
 assert not diverged[name("batch normalisation"), :2].any()
 assert diverged[name("batch normalisation"), 2].all()
