@@ -483,8 +483,8 @@ def draw_runs(rate=0.1, seed=0):
 draw_runs()
 
 # %% [markdown]
-# A cross marks where a run diverges. Plain SGD and weight decay do so early, the schedule as soon as
-# its warm-up has come near the full rate. Such runs are chaotic: rounding decides about a single
+# A cross marks where a run diverges. Plain SGD and weight decay do so early, the schedule as soon
+# as its warm-up has come near the full rate. Such runs are chaotic: rounding decides about a single
 # one, and on another machine another one may live. All methods and learning rates (the three
 # numbers are the losses at the end, one for each seed; to guess costs 1):
 
