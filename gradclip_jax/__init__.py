@@ -41,6 +41,18 @@ from ._norms import (
     leaf_norms as leaf_norms,
     unit_norms as unit_norms,
 )
+from ._per_example import (
+    NoiseState as NoiseState,
+    PerExample as PerExample,
+    automatic as automatic,
+    clipped_value_and_grad as clipped_value_and_grad,
+    equal_shares as equal_shares,
+    gaussian_noise as gaussian_noise,
+    per_example_clip as per_example_clip,
+    quantile_step as quantile_step,
+    size_shares as size_shares,
+    split_noise as split_noise,
+)
 from ._rescale import (
     drop as drop,
     normalize as normalize,

@@ -302,12 +302,16 @@ def seen(state: Any) -> dict[str, jax.Array]:
 
 
 def public_strategies() -> list[str]:
-    """Names of the public factories of a clip, read off their annotations; not translations."""
+    """Names of the public factories of a clip, read off their annotations.
+
+    Neither translations nor noise, which is no clip.
+    """
     return [
         name
         for name, value in vars(gradclip_jax).items()
         if inspect.isfunction(value)
         and not name.startswith("from_")
+        and name != "gaussian_noise"
         and "GradientTransformation" in str(inspect.signature(value).return_annotation)
     ]
 

@@ -1,0 +1,94 @@
+"""Clip gradients of examples that are at hand, and add them up."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._norms import global_norm, is_gradient
+from .._rescale import Response, shrink
+from .rule import (
+    Rule,
+    Share,
+    add_scaled,
+    array_norms,
+    check_mask,
+    check_max_norm,
+    equal_shares,
+    hold,
+    zeros_for,
+)
+
+
+def per_example_clip(
+    grads: Any,
+    max_norm: Any,
+    *,
+    measure: Callable[..., Any] = global_norm,
+    share: Share = equal_shares,
+    response: Response = shrink,
+    mask: Any = None,
+    dtype: Any = None,
+) -> tuple[Any, Any]:
+    r"""Sum of the gradients of examples, each clipped.
+
+    $$ \sum_i g_i \cdot \text{response}(\lVert g_i \rVert, C) $$
+
+    For gradients that are at hand, as from `jax.vmap(jax.grad(loss), (None, 0))`; where they need
+    too much memory, use `clipped_value_and_grad`. It takes the place of
+    `optax.per_example_global_norm_clip`, and with `measure=leaf_norms` of
+    `optax.per_example_layer_norm_clip` (`share=size_shares` is its `uniform=False`).
+
+    Args:
+      grads: Pytree of arrays [examples, ...] of any float or complex dtype.
+      max_norm: C, as in `clipped_value_and_grad`.
+      measure: As in `clipped_value_and_grad`.
+      share: As in `clipped_value_and_grad`.
+      response: As in `clipped_value_and_grad`.
+      mask: Which examples count, booleans [examples]; by default all.
+      dtype: Of the sums; by default that of each leaf.
+
+    Returns:
+      The sums, a tree like that of one example; and how many examples count and were above their
+      limit or not finite: an int32, or one for each norm that `measure` returns. An example that
+      is not finite adds exactly nothing.
+
+    Raises:
+      ValueError: For leaves that do not share their first axis, a mask of another shape, or a
+        `max_norm` that may not be.
+
+    >>> import gradclip_jax, jax.numpy as jnp, numpy as np
+    >>> grads = {"w": jnp.array([[3.0, 4.0], [0.3, 0.4], [jnp.nan, 1.0]])}
+    >>> total, clipped = gradclip_jax.per_example_clip(grads, 1.0)
+    >>> print(np.asarray(total["w"]).round(3), clipped)
+    [0.9 1.2] 2
+
+    Abadi et al., *Deep Learning with Differential Privacy*, 2016,
+    https://arxiv.org/abs/1607.00133, algorithm 1 without its noise.
+    """
+    max_norm = check_max_norm(max_norm)
+    leaves = jax.tree.leaves(grads)
+    counts = {jnp.shape(leaf)[:1] for leaf in leaves}
+    if len(counts) != 1 or counts == {()} or not all(map(is_gradient, leaves)):
+        found = sorted({f"{leaf.dtype}{list(leaf.shape)}" for leaf in map(jnp.asarray, leaves)})
+        raise ValueError(
+            "`grads` must be float arrays with one example for each index of their first axis, "
+            f"got {', '.join(found) or 'none'}."
+        )
+    ((count,),) = counts
+    real = check_mask(mask, count)
+    return _clipped(grads, max_norm, real, rule=Rule(measure, share, response), dtype=dtype)
+
+
+# Called eagerly this is one cached program for each tree structure; inside a trace it inlines.
+@functools.partial(jax.jit, static_argnames=("rule", "dtype"), inline=True)
+def _clipped(grads, max_norm, real, *, rule, dtype):
+    leaves, treedef = jax.tree.flatten(grads)
+    zeros = zeros_for([jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in leaves])
+    held = hold(array_norms(grads), [zero.size for zero in zeros], real, max_norm, rule)
+    pairs = zip(add_scaled(zeros, grads, held), leaves, strict=True)
+    cast = [total.astype(leaf.dtype if dtype is None else dtype) for total, leaf in pairs]
+    clipped = jax.tree.map(lambda above: above + held.nonfinite, held.above)
+    return treedef.unflatten(cast), clipped

@@ -1,0 +1,198 @@
+"""Gaussian noise for private training, and a limit that follows a quantile in private."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._checks import check_above, check_number
+from .._limits.quantile import quantile as quantile_limit
+from .._norms import is_gradient, norm_dtype, widen
+from .rule import check_max_norm
+from .value_and_grad import PerExample
+
+
+class NoiseState(NamedTuple):
+    """Which noise comes next.
+
+    Attributes:
+      step_count: Number of updates so far, int32.
+      key: The key, as it was given.
+    """
+
+    step_count: jax.Array
+    key: jax.Array
+
+
+def gaussian_noise(
+    noise_multiplier: Any, max_norm: Any, key: Any, *, mean_of: Any = 1
+) -> optax.GradientTransformationExtraArgs:
+    r"""Add the noise of DP-SGD to a sum (or mean) of clipped gradients.
+
+    $$ g + \mathcal N(0, (z C / n)^2 I) $$
+
+    Put it first in an `optax.chain`, behind `clipped_value_and_grad`: with `optax.sgd` that is
+    DP-SGD, with `optax.adam` DP-Adam. (`optax.add_noise` has one variance for the whole training
+    and draws noise in the dtype of the leaf: in bfloat16 it is coarse.)
+
+    Args:
+      noise_multiplier: z, non-negative: the standard deviation in units of `max_norm`. What
+        privacy it buys is for an accountant to tell, as `dp_accounting`.
+      max_norm: C, the limit of the clip; `update(..., max_norm=...)` accepts the one of that step.
+      key: A PRNG key, or a number to make one of. The noise of update t comes of
+        `jax.random.fold_in(key, t)`, the same on all devices.
+      mean_of: n, above 0: the same as in the gradient of the mean; 1 for the sum.
+
+    Returns:
+      A transformation. Noise is drawn and added in at least float32 and the result rounded once,
+      to the dtype of the leaf: pass gradients in float32 (`dtype=jnp.float32`).
+
+    Raises:
+      ValueError: For a number outside of its range.
+
+    >>> import gradclip_jax, jax.numpy as jnp, optax
+    >>> noise = gradclip_jax.gaussian_noise(1.1, 1.0, key=0, mean_of=256)
+    >>> optimizer = optax.chain(noise, optax.sgd(0.1))
+    >>> params = {"w": jnp.zeros(10_000)}
+    >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+    >>> print((updates["w"].std() / 0.1 * 256).round(1))
+    1.1
+
+    Abadi et al., *Deep Learning with Differential Privacy*, 2016,
+    https://arxiv.org/abs/1607.00133, algorithm 1.
+    """
+    multiplier = check_number("noise_multiplier", noise_multiplier, "be a non-negative number", 0)
+    bound = check_max_norm(max_norm)
+    if not isinstance(bound, jax.Array) and math.isinf(bound):
+        raise ValueError(f"`max_norm` must be finite: noise is measured by it, got {max_norm!r}.")
+    divisor = check_above("mean_of", mean_of, 0)
+
+    def init(params: Any) -> NoiseState:
+        del params
+        made = jax.random.key(key) if isinstance(key, int) else jnp.copy(key)
+        return NoiseState(jnp.zeros((), jnp.int32), made)
+
+    def update(updates, state, params=None, *, max_norm=None, **extra_args):
+        del params, extra_args
+        scale = [multiplier, bound if max_norm is None else max_norm, divisor]
+        z, c, n = (jnp.asarray(number).astype(norm_dtype()) for number in scale)
+        leaves, treedef = jax.tree.flatten(updates)
+        keys = jax.random.split(
+            jax.random.fold_in(state.key, state.step_count), max(len(leaves), 1)
+        )
+        noised = [
+            _noised(leaf, z * c / n, keys[i]) if is_gradient(leaf) else leaf
+            for i, leaf in enumerate(leaves)
+        ]
+        return treedef.unflatten(noised), NoiseState(state.step_count + 1, state.key)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _noised(leaf: jax.Array, deviation: jax.Array, key: jax.Array) -> jax.Array:
+    wide = widen(leaf)
+    noise = jax.random.normal(key, wide.shape, wide.dtype)
+    if jnp.iscomplexobj(wide):
+        # Of modulus 1 in both parts together: each is a coordinate and gets all of it.
+        return (wide + noise * (math.sqrt(2) * deviation).astype(wide.dtype)).astype(leaf.dtype)
+    return (wide + deviation.astype(wide.dtype) * noise).astype(leaf.dtype)
+
+
+def quantile_step(
+    max_norm: Any,
+    seen: PerExample,
+    *,
+    mean_of: Any = None,
+    quantile: float = 0.5,
+    learning_rate: float = 0.2,
+    noise_std: Any = 0.0,
+    key: Any = None,
+) -> jax.Array:
+    r"""The next `max_norm`: one step of the limit `quantile` for the norms of a batch at once.
+
+    $$ C \leftarrow C \exp(-\eta (\tilde b - q)), \qquad
+       \tilde b = \tfrac12 + \tfrac1n \Big( \mathcal N(0, \sigma_b^2)
+       + \sum_{i=1}^N (b_i - \tfrac12) \Big), \qquad b_i = [\lVert g_i \rVert \le C] $$
+
+    At rest a share q of the examples is not clipped. Pass the result to the next call, and the
+    noise its `max_norm` too: both are traced, so nothing is compiled anew.
+
+    Args:
+      max_norm: C of this step, above 0, scalar.
+      seen: What `clipped_value_and_grad` saw of the N examples of this step, with one norm each.
+        One that is not finite is above any C.
+      mean_of: n, above 0: by default N. In private it must be a fixed number, as the expected N.
+      quantile: q, between 0 and 1 (exclusive).
+      learning_rate: eta, above 0; 0.2 in the paper.
+      noise_std: sigma_b, the noise on the count, non-negative; n / 20 in the paper. What it takes
+        of the budget comes off the gradient by `split_noise`.
+      key: PRNG key of this step, needed for noise.
+
+    Returns:
+      The next C, a scalar in float32 (float64 under x64), above 0.
+
+    Raises:
+      ValueError: For a number outside of its range, or noise without a key.
+
+    >>> import gradclip_jax, jax, jax.numpy as jnp
+    >>> loss = lambda w, x: (w * x).sum()
+    >>> grad = gradclip_jax.clipped_value_and_grad(loss, None)
+    >>> @jax.jit
+    ... def step(w, max_norm, x):
+    ...     (value, seen), grads = grad(w, x, max_norm=max_norm)
+    ...     return w - grads, gradclip_jax.quantile_step(max_norm, seen)
+    >>> w, max_norm = jnp.float32(0.0), jnp.float32(1.0)
+    >>> for _ in range(100):
+    ...     w, max_norm = step(w, max_norm, jnp.array([2.0, 4.0, 8.0, 16.0]))
+    >>> bool(4 <= max_norm < 8)  # two of four are not clipped
+    True
+
+    Andrew, Thakkar, McMahan, Ramaswamy, *Differentially Private Learning with Adaptive Clipping*,
+    2021, https://arxiv.org/abs/1905.03871, algorithm 1.
+    """
+    noise_std = check_number("noise_std", noise_std, "be a non-negative number", 0)
+    divisor = seen.example_count if mean_of is None else check_above("mean_of", mean_of, 0)
+    limit = quantile_limit(quantile, learning_rate=learning_rate)
+    number = norm_dtype()
+    bound, above, count, n, deviation = (
+        jnp.asarray(x).astype(number)
+        for x in (max_norm, seen.above_count, seen.example_count, divisor, noise_std)
+    )
+    centred = count / 2 - above
+    if key is not None:
+        centred = centred + deviation * jax.random.normal(key, (), number)
+    elif isinstance(noise_std, jax.Array) or noise_std != 0:
+        raise ValueError("`key` must be given for noise: `noise_std` is not 0.")
+    below = 0.5 + centred / jnp.where(n > 0, n, 1)
+    _, down = limit.update(bound, bound)
+    _, up = limit.update(jnp.asarray(jnp.inf, number), bound)
+    # The limit goes a share of a step down for each below it, and of one up for the rest.
+    return jnp.exp(below * jnp.log(down) + (1 - below) * jnp.log(up))
+
+
+def split_noise(noise_multiplier: float, noise_std: float) -> float:
+    r"""The multiplier for the gradient when the count of `quantile_step` is noised, too.
+
+    $$ z_\Delta = (z^{-2} - (2 \sigma_b)^{-2})^{-1/2} $$
+
+    Gradients with $z_\Delta$ and the count with $\sigma_b$ are together as private as gradients
+    alone with z, so z is what the accountant is told.
+
+    Args:
+      noise_multiplier: z, above 0.
+      noise_std: sigma_b, above z / 2: below it the count alone would cost more.
+
+    Raises:
+      ValueError: For a number outside of its range.
+
+    >>> from gradclip_jax import split_noise
+    >>> round(split_noise(1.0, 5.0), 4)
+    1.005
+
+    Andrew et al. 2021, theorem 1: a count of $b_i - 1/2$ has sensitivity 1/2.
+    """
+    z = check_above("noise_multiplier", noise_multiplier, 0)
+    deviation = check_above("noise_std", noise_std, float(z) / 2)
+    return (z**-2 - (2 * deviation) ** -2) ** -0.5

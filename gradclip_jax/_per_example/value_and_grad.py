@@ -1,0 +1,515 @@
+"""The gradient of a sum of clipped gradients of examples, in micro-batches."""
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._checks import check_above, check_whole_number
+from .._devices import axis_size, manual_axes, path_name, types_tell, varying_axes
+from .._norms import apart, global_norm, norm_dtype, widen
+from .._rescale import Response, shrink
+from .ghost import ghost_gradients
+from .rule import (
+    Held,
+    Rule,
+    Share,
+    add_scaled,
+    array_norms,
+    check_mask,
+    check_max_norm,
+    equal_shares,
+    hold,
+    zeros_for,
+)
+
+_TRACED = ("max_norm", "mask", "user_ids")
+
+
+class PerExample(NamedTuple):
+    """What was seen of the examples of a batch. None of it is private.
+
+    Attributes:
+      example_count: Number of examples (with `user_ids`, of users) that count, int32.
+      clip_count: How many of them were finite and above the limit, int32; if an example has
+        several norms, one for each of them.
+      nonfinite_count: How many of them were not finite and added nothing, int32.
+      norms: With `return_norms`, the norms before the clip, as `measure` returns them, each
+        [examples]: 0 where an example does not count. With `user_ids`, those of users in the order
+        of their ids, and zeros behind them. Otherwise None.
+      aux: With `has_aux`, what the loss returned beside its value, with a leading axis [examples].
+        Otherwise None.
+    """
+
+    example_count: jax.Array
+    clip_count: Any
+    nonfinite_count: jax.Array
+    norms: Any
+    aux: Any
+
+    @property
+    def above_count(self) -> Any:
+        """How many examples were above the limit or not finite."""
+        return jax.tree.map(lambda count: count + self.nonfinite_count, self.clip_count)
+
+
+def clipped_value_and_grad(
+    loss: Callable[..., Any],
+    max_norm: Any,
+    *,
+    argnums: Any = 0,
+    batch_argnums: int | Sequence[int] | None = None,
+    has_aux: bool = False,
+    keep_batch_dim: bool = True,
+    microbatch_size: int | None = None,
+    reduction: Literal["sum", "mean"] = "sum",
+    mean_of: Any = None,
+    measure: Callable[..., Any] = global_norm,
+    share: Share = equal_shares,
+    response: Response = shrink,
+    average_users: bool = False,
+    return_norms: bool = False,
+    dtype: Any = None,
+    ghost: bool = False,
+    axis_name: str | Sequence[str] | None = None,
+) -> Callable[..., Any]:
+    r"""`jax.value_and_grad` of a sum over examples, the gradient of each of them clipped.
+
+    $$ \sum_i g_i \cdot \text{response}(\lVert g_i \rVert, C), \qquad
+       g_i = \nabla \, \text{loss}(w, x_i) $$
+
+    For private training, and against single examples that lead astray. Only the gradients of one
+    micro-batch exist at a time, so memory does not grow with the batch.
+
+    Args:
+      loss: As for `jax.value_and_grad`; its batch arguments come with a batch of one example.
+      max_norm: C, the largest norm of what one example adds: non-negative, a number, a traced
+        value or None for no limit. A call accepts another one: `f(..., max_norm=c)`.
+      argnums: Which arguments to differentiate: a number or several, or `nnx.DiffState`s. Those
+        that contain Flax NNX modules are differentiated as by `nnx.value_and_grad`, by default with
+        respect to `nnx.Param`. The loss must not change the state of a module.
+      batch_argnums: Which arguments have examples along the first axis of their arrays. By default
+        all positional ones that are not differentiated; keyword arguments never do.
+      has_aux: Whether the loss returns a pair, of which only the first is differentiated.
+      keep_batch_dim: Whether the loss gets its example as a batch of one, [1, ...], or as [...]:
+        then an example may be a batch itself, as all records of a user.
+      microbatch_size: Number of examples whose gradients exist at one time, at least 1; None for
+        all. If it does not divide the batch, that is padded. A multiple of the number of devices
+        over which `jit` splits the batch; of those on one device inside `shard_map`.
+      reduction: `"sum"`, or `"mean"` to divide value and gradient by the number of examples that
+        count, of users with `user_ids`.
+      mean_of: For the mean, another number to divide by, above 0. Privacy needs a fixed one.
+      measure: What is held to the limit: `global_norm`, or for several norms with a share of the
+        limit each `leaf_norms`, or `functools.partial(group_norms, labels=...)`. It gets the norms
+        of the arrays of an example, as a tree of scalars.
+      share: How several norms share the squared limit: `equal_shares`, `size_shares`, or a
+        function from their numbers of elements to numbers of sum 1.
+      response: As in `clip_to_limit`, or `automatic`. What it lets through must be at most the
+        limit; that of `shrink`, `normalize`, `smooth`..., `drop` and `automatic` is.
+      average_users: Whether the gradients of a user are averaged, not summed, before the clip.
+      return_norms: Whether to return the norms.
+      dtype: Of the gradients; by default that of each parameter.
+      ghost: Whether the gradients of `nnx.Linear` kernels and `nnx.Embed` tables stay two factors
+        for each example, of which norm and sum follow: much less memory and time where an example
+        has fewer positions (of time, say) than a layer has units. Other parameters, and those used
+        elsewhere too or inside `nnx.scan`, `jit` and the like, go the direct way, as all do
+        with `user_ids`, several `argnums` and without modules.
+      axis_name: Needed only inside `pmap`, or `shard_map` with `check_vma=False`: the mesh axes
+        along which the batch is split, `()` for none.
+
+    Returns:
+      A function that returns `(value, seen), grads`, with a `PerExample` for `seen`, and accepts,
+      beside the arguments of the loss and `max_norm`:
+
+      | keyword | what |
+      |---|---|
+      | `mask` | which examples count, booleans [examples]: the others, as padding, add nothing |
+      | `user_ids` | int32 [examples]: the examples of a user are clipped together, as one |
+
+      Inside `shard_map` and `pmap` each device clips its own examples and results are those over
+      all devices (norms and aux: of its own). There the examples of a user must be on one device.
+
+    Raises:
+      ValueError: For an argument that may not be; for batch arguments of different lengths,
+        parameters that are split inside `shard_map`, a missing `axis_name`, and a loss that
+        changes the state of a module.
+
+    The bound holds in float32 (float64 under x64), whatever the dtype of the parameters: norms are
+    held to C (1 - 2^-16 - K 2^-23), K the number of arrays, so that with all roundings the
+    norm of what an example adds is at most C, exactly; sums are in float32, too. Rounded to
+    bfloat16, the sums with and without an example may differ by more than C, by one unit in the
+    last place of each element: pass `dtype=jnp.float32` and add noise before rounding. An example
+    of which the gradient has a NaN or infinity, or a norm that overflows, adds exactly nothing
+    (its value is in the sum of values as it is).
+
+    With `ghost` the rounding of the products of factors comes in, for which their norms are taken
+    larger by 2^-21 of the sum over positions of the products of lengths.
+
+    With `user_ids` the batch is first sorted by them, and a user may have any number of examples:
+    the gradient of one who is not done is carried from micro-batch to micro-batch. One example
+    that is not finite drops its user.
+
+    >>> import gradclip_jax, jax.numpy as jnp, numpy as np
+    >>> def loss(w, x, y):
+    ...     return ((x @ w - y) ** 2).mean()
+    >>> f = gradclip_jax.clipped_value_and_grad(loss, 1.0, microbatch_size=2)
+    >>> x, y = jnp.array([[3.0, 4.0], [0.1, 0.0], [jnp.nan, 0.0]]), jnp.array([1.0, 1.0, 1.0])
+    >>> (value, seen), grads = f(jnp.zeros(2), x, y)
+    >>> print(np.asarray(grads).round(2), seen.clip_count, seen.nonfinite_count)
+    [-0.8 -0.8] 1 1
+
+    Abadi et al., *Deep Learning with Differential Privacy*, 2016,
+    https://arxiv.org/abs/1607.00133, algorithm 1; per array, McMahan et al. 2018 (see
+    `equal_shares`). The gradients of users: McMahan et al. 2018, too.
+    """
+    given = check_max_norm(max_norm)
+    diff = tuple(argnums) if isinstance(argnums, tuple | list) else (argnums,)
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f'`reduction` must be "sum" or "mean", got {reduction!r}.')
+    if mean_of is not None:
+        if reduction == "sum":
+            raise ValueError('`mean_of` must be given with `reduction="mean"` alone.')
+        check_above("mean_of", mean_of, 0)
+    if microbatch_size is not None:
+        check_whole_number("microbatch_size", microbatch_size)
+    rule = Rule(measure, share, response)
+
+    # Not `functools.wraps`: it takes three arguments more than the loss.
+    def value_and_grad(*args: Any, **kwargs: Any) -> Any:
+        traced = {name: kwargs.pop(name, None) for name in _TRACED}
+        positions = _positions("argnums", [getattr(i, "argnum", i) for i in diff], len(args))
+        batched = _batched(batch_argnums, positions, len(args))
+        limit = given if traced["max_norm"] is None else check_max_norm(traced["max_norm"])
+        which = dict(zip(positions, diff, strict=True))
+        arguments = [
+            _split(arg, which[i]) if i in which else _Split(arg) for i, arg in enumerate(args)
+        ]
+        batch = [jax.tree.map(jnp.asarray, args[i]) for i in batched]
+        count = _length(batch, batched)
+        real = check_mask(traced["mask"], count)
+        ids = _check_ids(traced["user_ids"], count)
+        several = isinstance(argnums, tuple | list)
+        pieces = tuple(arguments[i].params for i in positions)
+        params = pieces if several else pieces[0]
+        axes = _mesh_axes(params, [batch, real, ids, limit, kwargs], axis_name)
+
+        def value_of(
+            params: Any, example: Sequence[Any], prepare: Callable[[Any], None] | None = None
+        ) -> tuple[Any, Any]:
+            parts = [argument.params for argument in arguments]
+            for position, part in zip(positions, params if several else (params,), strict=True):
+                parts[position] = part
+            for position, part in zip(batched, example, strict=True):
+                parts[position] = jax.tree.map(lambda x: x[None], part) if keep_batch_dim else part
+            merged = [one.merged(part) for one, part in zip(arguments, parts, strict=True)]
+            if prepare is not None:
+                prepare(merged[positions[0]])
+            result = loss(*merged, **kwargs)
+            for argument, module in zip(arguments, merged, strict=True):
+                argument.check_unchanged(module)
+            return result if has_aux else (result, None)
+
+        params = jax.tree.map(functools.partial(_vary, axes=axes.varying), params)
+        each = None
+        if ghost and ids is None and not several and arguments[positions[0]].graph is not None:
+            one = jax.tree.map(lambda x: x[0], batch)
+            each = ghost_gradients(_flax(), value_of, params, one)
+        clip = _Clipping(
+            each=functools.partial(_direct, value_of) if each is None else each,
+            params=params,
+            max_norm=limit,
+            rule=rule,
+            average_users=average_users,
+            return_norms=return_norms,
+            axes=axes.varying,
+        )
+        real = _vary(real, axes.varying)
+        size = count if microbatch_size is None else min(microbatch_size, count)
+        if ids is None:
+            sums = _over_examples(clip, batch, real, size)
+        else:
+            sums = _over_users(clip, batch, real, ids, size)
+        # The one place where devices meet.
+        summed = jax.lax.psum(sums.summed, axes.summed) if axes.summed else sums.summed
+        value, totals, counts = summed
+        seen = PerExample(*counts, norms=sums.norms, aux=sums.aux)
+        if reduction == "mean":
+            divisor = seen.example_count if mean_of is None else mean_of
+            divisor = jnp.asarray(divisor).astype(norm_dtype())
+            divisor = jnp.where(divisor > 0, divisor, 1)
+            value = value / divisor
+            totals = [total / divisor.astype(total.dtype) for total in totals]
+        leaves, treedef = jax.tree.flatten(params)
+        pairs = zip(totals, leaves, strict=True)
+        grads = treedef.unflatten(
+            [total.astype(leaf.dtype if dtype is None else dtype) for total, leaf in pairs]
+        )
+        return (value, seen), grads
+
+    return value_and_grad
+
+
+def _direct(value_of: Callable[..., Any], params: Any, examples: Any) -> Any:
+    differentiated = jax.value_and_grad(value_of, has_aux=True)
+    result, grads = jax.vmap(differentiated, in_axes=(None, 0))(params, examples)
+    # They are read twice, and XLA would compute them twice, and keep both.
+    return result, apart(grads)
+
+
+class _Split(NamedTuple):
+    """An argument: as it is, or the parameters of the modules in it, and the rest of them."""
+
+    params: Any
+    graph: Any = None
+    rest: Any = None
+    wrt: Any = None
+
+    def merged(self, params: Any) -> Any:
+        if self.graph is None:
+            return params
+        # Mapped, its variables are new ones, which belong to the trace that runs now.
+        return _flax().merge(self.graph, params, jax.tree.map(lambda x: x, self.rest))
+
+    def check_unchanged(self, merged: Any) -> None:
+        """Raise when the loss changed the state of a module: of which example should it be?"""
+        if self.graph is None:
+            return
+        before = jax.tree.leaves_with_path(self.rest)
+        after = jax.tree.leaves(_flax().split(merged, self.wrt, ...)[2])
+        changed = [path for (path, old), new in zip(before, after, strict=False) if old is not new]
+        if changed or len(before) != len(after):
+            names = ", ".join(f"`{path_name(path)}`" for path in changed) or "its structure"
+            raise ValueError(
+                f"`loss` must leave the state of a module as it is, but changes {names}: each "
+                "example has its own. For batch statistics call `model.eval()`; for dropout pass "
+                "one key for each example with the batch: `model(x, rngs=nnx.Rngs(key))`; for "
+                "`nnx.RNN` pass `initial_carry`."
+            )
+
+
+def _flax() -> Any:
+    """`flax.nnx` where someone imported it, or None: without it there are no modules."""
+    return sys.modules.get("flax.nnx")
+
+
+def _split(argument: Any, which: Any) -> _Split:
+    nnx = _flax()
+    if nnx is None:
+        return _Split(argument)
+
+    def is_module(x: Any) -> bool:
+        return isinstance(x, nnx.Pytree)
+
+    if not any(map(is_module, jax.tree.leaves(argument, is_leaf=is_module))):
+        return _Split(argument)
+    wrt = getattr(which, "filter", nnx.Param)
+    graph, params, rest = nnx.split(argument, wrt, ...)
+    return _Split(params, graph, rest, wrt)
+
+
+def _positions(name: str, given: Sequence[Any], count: int) -> list[int]:
+    whole = all(isinstance(i, int) and not isinstance(i, bool) for i in given)
+    if not whole or not all(-count <= i < count for i in given):
+        raise ValueError(
+            f"`{name}` must be among the {count} positional arguments of the call, "
+            f"got {', '.join(map(repr, given))}."
+        )
+    return [i % count for i in given]
+
+
+def _batched(batch_argnums: Any, positions: list[int], count: int) -> list[int]:
+    if batch_argnums is None:
+        found = [i for i in range(count) if i not in positions]
+    else:
+        several = isinstance(batch_argnums, tuple | list)
+        found = _positions("batch_argnums", batch_argnums if several else (batch_argnums,), count)
+    if not found or len({*found, *positions}) < len(found) + len(positions):
+        raise ValueError(
+            f"`batch_argnums` and `argnums` must name each argument once, and some batch, "
+            f"got {tuple(found)} and {tuple(positions)}."
+        )
+    return found
+
+
+def _length(batch: Sequence[Any], batched: Sequence[int]) -> int:
+    """The number of examples, on which all arrays of the batch must agree."""
+    shapes = [
+        (i, leaf.shape)
+        for i, part in zip(batched, batch, strict=True)
+        for leaf in jax.tree.leaves(part)
+    ]
+    lengths = {shape[:1] for _, shape in shapes}
+    if len(lengths) != 1 or lengths <= {(), (0,)}:
+        found = ", ".join(f"argument {i} {list(shape)}" for i, shape in shapes)
+        raise ValueError(
+            "`batch_argnums` must name arguments whose arrays have the same number of examples "
+            f"along their first axis, at least one, got {found or 'no array'}. What is no batch "
+            "goes by keyword."
+        )
+    return lengths.pop()[0]
+
+
+def _check_ids(ids: Any, count: int) -> Any:
+    if ids is None:
+        return None
+    ids = jnp.asarray(ids)
+    if ids.shape != (count,) or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"`user_ids` must be one whole number for each of {count} examples, "
+            f"got {ids.dtype}{list(ids.shape)}."
+        )
+    return ids
+
+
+class _Axes(NamedTuple):
+    """Mesh axes along which types say that the batch varies, and those to sum over."""
+
+    varying: frozenset[str]
+    summed: tuple[str, ...]
+
+
+def _mesh_axes(params: Any, others: Any, axis_name: Any) -> _Axes:
+    named = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
+    if types_tell():
+        for path, leaf in jax.tree.leaves_with_path(params):
+            if varying_axes(leaf):
+                raise ValueError(
+                    f"parameters must be replicated inside `shard_map`, but `{path_name(path)}` "
+                    f"varies along {sorted(varying_axes(leaf))}. Under `jit` they may be split."
+                )
+        varying = frozenset().union(*map(varying_axes, jax.tree.leaves(others)))
+        return _Axes(varying, tuple(sorted(varying)))
+    if axis_name is None and manual_axes():
+        raise ValueError(
+            "`axis_name` must be given inside `pmap`, or `shard_map` with `check_vma=False`: the "
+            "mesh axes along which the batch is split, or `()`."
+        )
+    axis_size(named)
+    return _Axes(frozenset(), tuple(named))
+
+
+def _vary(x: Any, axes: frozenset[str]) -> Any:
+    """`x` as a value that differs along these axes, so that its gradient is not summed there."""
+    missing = tuple(sorted(axes - varying_axes(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+class _Clipping(NamedTuple):
+    """What both ways through a batch need."""
+
+    each: Callable[..., Any]
+    params: Any
+    max_norm: Any
+    rule: Rule
+    average_users: bool
+    return_norms: bool
+    axes: frozenset[str]
+
+    def zeros(self) -> list[jax.Array]:
+        return [_vary(zero, self.axes) for zero in zeros_for(self.params)]
+
+    def add(self, totals: list[jax.Array], grads: Any, real: jax.Array) -> tuple[Any, Held]:
+        sizes = [leaf.size for leaf in jax.tree.leaves(self.params)]
+        held = hold(array_norms(grads), sizes, real, self.max_norm, self.rule)
+        return add_scaled(totals, grads, held), held
+
+
+class _Sums(NamedTuple):
+    """What one device found: what is summed over devices, and what is not."""
+
+    summed: tuple[Any, ...]
+    norms: Any
+    aux: Any
+
+
+def _over_examples(clip: _Clipping, batch: Any, real: jax.Array, size: int) -> _Sums:
+    count = real.size
+    steps = math.ceil(count / size)
+
+    def columns(x: jax.Array) -> jax.Array:
+        # Column s is micro-batch s: it has as many examples of each device that holds a part.
+        padded = jnp.concatenate([x, x[: steps * size - count]]) if steps * size > count else x
+        return padded.reshape(size, steps, *x.shape[1:])
+
+    table = jax.tree.map(columns, batch)
+    counts = (jnp.arange(steps * size) < count).reshape(size, steps) & columns(real)
+
+    def step(totals: list[jax.Array], number: jax.Array) -> tuple[Any, Any]:
+        examples, real = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False),
+            (table, counts),
+        )
+        (values, aux), grads = clip.each(clip.params, examples)
+        totals, held = clip.add(totals, grads, real)
+        seen = (jnp.sum(real, dtype=jnp.int32), held.above, held.nonfinite)
+        return totals, (_total(values, real), seen, held.norms if clip.return_norms else None, aux)
+
+    totals, (values, seen, norms, aux) = jax.lax.scan(step, clip.zeros(), jnp.arange(steps))
+    norms, aux = jax.tree.map(
+        lambda x: jnp.swapaxes(x, 0, 1).reshape(steps * size, *x.shape[2:])[:count], (norms, aux)
+    )
+    seen = jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), seen)
+    return _Sums((jnp.sum(values), totals, seen), norms, aux)
+
+
+def _over_users(clip: _Clipping, batch: Any, real: jax.Array, ids: jax.Array, size: int) -> _Sums:
+    """The same, but the gradients of a user are summed before; who is not done is carried on."""
+    count = real.size
+    steps = math.ceil(count / size)
+    order = jnp.lexsort((ids, ~real))
+    padded = jnp.concatenate([order, order[: steps * size - count]]).reshape(steps, size)
+    counts = (jnp.arange(steps * size) < count).reshape(steps, size) & real[padded]
+
+    def close(totals: Any, sums: list[jax.Array], numbers: jax.Array, done: jax.Array) -> Any:
+        if clip.average_users:
+            sums = [x / _like_column(jnp.maximum(numbers, 1), x) for x in sums]
+        here = done & (numbers > 0)
+        totals, held = clip.add(totals, jax.tree.structure(clip.params).unflatten(sums), here)
+        return totals, (here, held.above, held.nonfinite, held.norms)
+
+    def step(carry: Any, row: Any) -> tuple[Any, Any]:
+        totals, open_sums, open_number, open_id = carry
+        index, real = row
+        (values, aux), grads = clip.each(clip.params, jax.tree.map(lambda x: x[index], batch))
+        here = ids[index]
+        before = jnp.concatenate([open_id[None], here[:-1]])
+        user = jnp.cumsum(here != before)  # 0 for the one that was not done
+        by_user = functools.partial(
+            jax.ops.segment_sum, segment_ids=user, num_segments=size + 1, indices_are_sorted=True
+        )
+        leaves = [widen(leaf) for leaf in jax.tree.leaves(grads)]
+        kept = [jnp.where(_like_column(real, leaf), leaf, 0) for leaf in leaves]
+        pairs = zip(kept, open_sums, strict=True)
+        sums = [by_user(leaf).at[0].add(carried) for leaf, carried in pairs]
+        numbers = by_user(real.astype(jnp.int32)).at[0].add(open_number)
+        last = user[-1]
+        totals, seen = close(totals, sums, numbers, jnp.arange(size + 1) < last)
+        carry = totals, [x[last] for x in sums], numbers[last], here[-1]
+        return carry, (_total(values, real), seen, aux)
+
+    zero = _vary(jnp.zeros((), jnp.int32), clip.axes)
+    start = (clip.zeros(), clip.zeros(), zero, _vary(ids[order[0]], clip.axes))
+    carry, (values, seen, aux) = jax.lax.scan(step, start, (padded, counts))
+    totals, sums, number, _ = carry
+    totals, last = close(totals, [x[None] for x in sums], number[None], jnp.ones(1, bool))
+    joined = jax.tree.map(lambda x, y: jnp.concatenate([x.ravel(), y.ravel()]), seen, last)
+    users, above, nonfinite, norms = joined
+    place = jnp.where(users, jnp.cumsum(users) - 1, count)
+    norms = jax.tree.map(lambda x: jnp.zeros_like(x[:count]).at[place].set(x, mode="drop"), norms)
+    back = jnp.argsort(order)
+    aux = jax.tree.map(lambda x: x.reshape(steps * size, *x.shape[2:])[back], aux)
+    found = jax.tree.map(lambda x: jnp.sum(x, dtype=jnp.int32), (users, above, nonfinite))
+    return _Sums((jnp.sum(values), totals, found), norms if clip.return_norms else None, aux)
+
+
+def _total(values: jax.Array, real: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(real, widen(values), 0))
+
+
+def _like_column(x: jax.Array, leaf: jax.Array) -> jax.Array:
+    column = x.reshape(x.shape[0], *(1,) * (leaf.ndim - 1))
+    return column if column.dtype == bool else column.astype(leaf.dtype)
