@@ -11,10 +11,14 @@ choice of every list.
 """
 
 import argparse
+import contextlib
+import math
 import os
+import queue
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
@@ -53,6 +57,27 @@ for picture in [item for item in gc.get_objects() if type(item) is ipywidgets.in
 """
 
 
+class Client(NotebookClient):
+    """A client that looks for the reply to a cell every second.
+
+    While a widget talks to the kernel, pyzmq may miss that the reply is there, and would notice it
+    only when the time of the cell is over: minutes in which nothing happens.
+    """
+
+    async def async_start_new_kernel_client(self) -> Any:
+        client = await super().async_start_new_kernel_client()
+        wait = client.shell_channel.get_msg
+
+        async def get_msg(timeout: float) -> Any:
+            for _ in range(math.ceil(timeout)):
+                with contextlib.suppress(queue.Empty):
+                    return await wait(timeout=1)
+            raise queue.Empty
+
+        client.shell_channel.get_msg = get_msg
+        return client
+
+
 def read(source: Path) -> nbformat.NotebookNode:
     """The notebook without outputs, and with nothing in it that differs from run to run."""
     notebook = jupytext.read(source, fmt="py:percent")
@@ -69,7 +94,7 @@ def execute(source: Path) -> nbformat.NotebookNode:
         file = os.path.join(folder, "kernel.json")
         kernel = AsyncKernelManager(connection_file=file, transport="ipc")
         kernel.kernel_spec_manager.kernel_dirs = []  # a `python3` there may be another Python
-        client = NotebookClient(notebook, kernel, timeout=120, record_timing=False)
+        client = Client(notebook, kernel, timeout=300, record_timing=False)
         env = os.environ | SETTINGS | {"IPYTHONDIR": folder}
         client.execute(cleanup_kc=True, cwd=str(FOLDER), env=env)
     moved = notebook.cells.pop()
