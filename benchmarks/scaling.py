@@ -94,8 +94,12 @@ def draw(all_times: Mapping[tuple[str, int], Times], file: Path) -> None:
             draw_line(axes, sizes, name, colour)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.set_xlim(min(sizes) / 2, max(sizes) * 2)  # noise can leave nothing to draw
         axes.set_title(f"in front of {optimizer}")
         axes.set_xlabel("parameters")
+    spreads = [Spread.of(o, 1e3) for times in all_times.values() for o in overheads(times).values()]
+    medians = [spread.median for spread in spreads if spread.median > 0] or [1.0]
+    panels[0].set_ylim(min(medians) / 4, max(medians) * 4)  # of all panels
     panels[0].set_ylabel("milliseconds added to a step")
     panels[0].legend()
     figure.suptitle(harness.machine())

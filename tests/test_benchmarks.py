@@ -294,3 +294,14 @@ def test_the_makefile_runs_every_script():
     makefile = (ROOT / "Makefile").read_text()
     (names,) = re.findall(r"^BENCHMARKS = (.*)$", makefile, re.MULTILINE)
     assert names.split() == [name for name in SCRIPTS if name not in BY_HAND]
+
+
+@pytest.mark.parametrize("of_adamw", [-1.0, 1.0])
+@pytest.mark.parametrize("of_sgd", [-1.0, 1.0])
+def test_scaling_is_drawn_also_where_noise_hid_what_a_clip_adds(of_adamw, of_sgd, tmp_path):
+    def times(added: float) -> dict[str, list[float]]:
+        return {"no clip": [2.0] * 3} | {name: [2.0 + added] * 3 for name in scaling.LINES}
+
+    file = tmp_path / "scaling.png"
+    scaling.draw({("AdamW", 10): times(of_adamw), ("SGD", 10): times(of_sgd)}, file)
+    assert file.read_bytes().startswith(b"\x89PNG")
