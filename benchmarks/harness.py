@@ -312,6 +312,14 @@ def numbers(argument: str, text: str) -> list[int]:
     return [int(number) for number in found]
 
 
+def number(argument: str, text: str) -> int:
+    """One positive whole number."""
+    found = numbers(argument, text)
+    if len(found) != 1:
+        raise InputError(f"`{argument}` must be one number, got {found}.")
+    return found[0]
+
+
 def progress(*words: object) -> None:
     """Say on stderr what is measured next."""
     print(", ".join(map(str, words)), file=sys.stderr)

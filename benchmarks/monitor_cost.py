@@ -154,12 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(args: argparse.Namespace) -> str:
     """Both tables."""
-    sizes = {}
-    for name in ("units", "batch", "unroll", "every"):
-        found = harness.numbers(f"--{name}", getattr(args, name))
-        if len(found) != 1:
-            raise harness.InputError(f"`--{name}` must be one number, got {found}.")
-        (sizes[name],) = found
+    sizes = {
+        name: harness.number(f"--{name}", getattr(args, name))
+        for name in ("units", "batch", "unroll", "every")
+    }
     every = sizes.pop("every")
     step, arguments = language_model(**sizes)
     harness.progress("compile")

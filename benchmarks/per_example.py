@@ -147,12 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(args: argparse.Namespace) -> str:
     """The table."""
-    sizes = {}
-    for name in ("microbatch", "width"):
-        found = harness.numbers(f"--{name}", getattr(args, name))
-        if len(found) != 1:
-            raise harness.InputError(f"`--{name}` must be one number, got {found}.")
-        (sizes[name],) = found
+    sizes = {
+        name: harness.number(f"--{name}", getattr(args, name)) for name in ("microbatch", "width")
+    }
     batches = harness.numbers("--batches", args.batches)
     privacy = harness.peer("jax_privacy.clipping")
     missing = "" if privacy is not None else "jax-privacy: not installed, skipped.\n\n"
