@@ -17,7 +17,6 @@ import argparse
 import functools
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +33,7 @@ from scipy.special import ndtri
 from shared.command_line import check_number, command_line, console, run
 from shared.loop import train
 from shared.recurrent import CELLS, Recurrent, uniform
-from shared.results import save_results
+from shared.results import save_results, stopwatch
 from statsmodels.datasets import co2, elnino, sunspots
 from statsmodels.tsa.exponential_smoothing.ets import ETSModel
 
@@ -307,8 +306,7 @@ def compare(args: argparse.Namespace) -> None:
         check_number(name, getattr(args, name), low, high)
     for rate in args.learning_rates:
         check_number("learning_rates", rate, 1e-9, 1e9)
-    start, fresh = time.monotonic(), not any(args.out.glob("*/checkpoints"))
-    forms, comparisons = {}, []
+    seconds, forms, comparisons = stopwatch(args.out), {}, []
     for series in load_series():
         origins = series.origins(series.test, len(series.values), args.every)
         ets, form = forecast_ets(series, origins)
@@ -332,8 +330,7 @@ def compare(args: argparse.Namespace) -> None:
     options = ("learning_rates", "max_norm", "steps", "seeds", "seed", "units", "context", "every")
     settings = {name: getattr(args, name) for name in options}
     settings["ETS"] = forms
-    if fresh:  # a run that was continued took longer than this command
-        settings["seconds"] = round(time.monotonic() - start)
+    settings |= seconds()
     packages = ("jax", "flax", "optax", "statsmodels", "pandas", "numpy")
     save_results(args.out, map(make_table, comparisons), settings, packages)
     console.print(f"Plot: {picture}\nScalars: tensorboard --logdir {args.out}")

@@ -18,7 +18,6 @@ import functools
 import json
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +32,7 @@ from rich.table import Table
 from shared.command_line import InputError, check_number, command_line, console, run
 from shared.loop import train
 from shared.recurrent import CELLS, Recurrent, uniform
-from shared.results import save_results
+from shared.results import save_results, stopwatch
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import (
     average_precision_score,
@@ -318,8 +317,7 @@ def detect(args: argparse.Namespace) -> None:
     check_number("steps", args.steps, 1)
     if args.steps is not None:
         config["training"]["steps"] = args.steps
-    start, fresh = time.monotonic(), not any(args.out.glob("*/checkpoints"))
-    data = config["data"]
+    seconds, data = stopwatch(args.out), config["data"]
     train_cards, valid, test = (
         generate(np.random.default_rng([args.seed, number]), data[f"{split}_cards"],
                  data["length"], data["fraud_rate"], data["tail_index"])
@@ -351,8 +349,7 @@ def detect(args: argparse.Namespace) -> None:
     picture = args.out / "fraud_detection.png"
     draw(results, test, picture)
     settings = {**config, "seed": args.seed}
-    if fresh:  # a run that was continued took longer than this command
-        settings["seconds"] = round(time.monotonic() - start)
+    settings |= seconds()
     packages = ("jax", "flax", "optax", "scikit-learn", "numpy")
     save_results(args.out, make_tables(results), settings, packages)
     console.print(f"Plot: {picture}\nScalars: tensorboard --logdir {args.out}")

@@ -32,7 +32,7 @@ from rich.table import Table
 from shared.command_line import InputError, check_number, command_line, console, run
 from shared.loop import train
 from shared.recurrent import CELLS, Cell, Recurrent, State, uniform
-from shared.results import save_results
+from shared.results import save_results, stopwatch
 from shared.run import History, make_directory
 
 import gradclip_jax
@@ -114,8 +114,7 @@ def compare(args: argparse.Namespace) -> None:
     }
     given = {name: getattr(args, name) for name in ("epochs", "units") if getattr(args, name)}
     make_directory(args.out)
-    started, fresh = time.monotonic(), not any(args.out.glob("*/checkpoints"))
-    results, music = [], {}
+    seconds, results, music = stopwatch(args.out), [], {}
     for name, collection in collections.items():
         of_collection = [
             fit(name, recipe._replace(**given), collection, args)
@@ -126,7 +125,7 @@ def compare(args: argparse.Namespace) -> None:
         music[name] = compose(best, collection["valid"][0], args.compose, args.seed)
         (args.out / f"{name}.mid").write_bytes(midi(music[name], FRAMES_PER_BEAT[name]))
         results += of_collection
-    report(results, collections, started if fresh else None, args.out)
+    report(results, collections, seconds(), args.out)
     draw(results, collections, music, args.out / "polyphonic_music.png")
 
 
@@ -439,7 +438,7 @@ def variable_length(number: int) -> bytes:
 
 
 def report(
-    results: list[Result], collections: dict[str, Collection], started: float | None, out: Path
+    results: list[Result], collections: dict[str, Collection], seconds: dict[str, int], out: Path
 ) -> None:
     """For each method its best learning rate in validation, what counting and papers reached."""
     tables = []
@@ -461,9 +460,8 @@ def report(
             test, of_pieces = (f"{value:.3f}" for value in count_keys(collection, markov))
             table.add_row(text, test, "", of_pieces)
         tables.append(table)
-    if started is not None:  # a run that was continued took longer than this command
-        settings["seconds"] = round(time.monotonic() - started)
-        settings["seconds of CPU time"] = round(time.process_time())
+    if seconds:
+        settings |= {**seconds, "seconds of CPU time": round(time.process_time())}
     save_results(out, tables, settings, ["jax", "flax", "optax", "numpy"])
     console.print(f"Music, plot and table: {out}\nScalars: tensorboard --logdir {out}")
 

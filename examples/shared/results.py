@@ -4,7 +4,8 @@ import importlib.metadata
 import io
 import json
 import platform
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +29,12 @@ def save_results(
     versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     lines.append(", ".join([f"Python {platform.python_version()}", *versions]))
     (out / "results.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def stopwatch(out: Path) -> Callable[[], dict[str, int]]:
+    """Start before a run in `out`, and get a function that returns its seconds as a setting.
+
+    It returns no setting where a part of the run was there before: that took longer than this.
+    """
+    start, fresh = time.monotonic(), not any(out.glob("*/checkpoints"))
+    return lambda: {"seconds": round(time.monotonic() - start)} if fresh else {}
