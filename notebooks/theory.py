@@ -452,7 +452,7 @@ last = losses[..., -30:].mean(-1)
 radius = np.full(last.shape, np.nan)
 finite = np.isfinite(weights).all((-1, -2))
 radius[finite] = np.abs(np.linalg.eigvals(weights[finite])).max(-1)
-diverged = ~(last < 10)  # NaN included
+diverged = ~(losses.max(-1) < 100)  # NaN included
 
 # %%
 STYLES = dict(
@@ -483,15 +483,16 @@ def draw_runs(rate=0.1, seed=0):
 draw_runs()
 
 # %% [markdown]
-# A cross marks where a run diverges. Plain SGD and weight decay do so early, the schedule as soon
-# as its warm-up has come near the full rate. Such runs are chaotic: rounding decides about a single
-# one, and on another machine another one may live. All methods and learning rates (the three
-# numbers are the losses at the end, one for each seed; to guess costs 1):
+# A cross marks where a run ends. Plain SGD and weight decay end early, the schedule as soon as its
+# warm-up has come near the full rate. Such runs are chaotic: rounding decides about a single one,
+# and on another machine another one may live. Here a run has diverged when its loss has been above
+# 100, whatever became of it then. All methods and learning rates (the three numbers are the losses
+# at the end, one for each seed; to guess costs 1):
 
 
 # %%
-def text_of(loss):
-    return f"{loss:.3f}" if loss < 10 else "diverged"
+def text_of(loss, is_lost):
+    return "diverged" if is_lost else f"{loss:.3f}"
 
 
 _, axes = plt.subplots(figsize=(11, 4))
@@ -499,7 +500,7 @@ shade = np.where(diverged, 2, (last > 0.2).astype(int)).mean(-1)
 axes.imshow(shade, cmap="Oranges", vmin=0, vmax=4, aspect="auto")
 for m, i in np.ndindex(last.shape[:2]):
     same = diverged[m, i].all()
-    text = "all diverged" if same else "   ".join(text_of(loss) for loss in last[m, i])
+    text = "all diverged" if same else "   ".join(map(text_of, last[m, i], diverged[m, i]))
     axes.text(i, m, text, ha="center", va="center")
 axes.set_xticks(range(len(RATES)), [f"learning rate {rate}" for rate in RATES])
 axes.set_yticks(range(len(METHODS)), list(METHODS))
@@ -527,18 +528,19 @@ for method in METHODS:
         assert diverged[name(method), 1].sum() >= 2
         assert diverged[name(method), 2].all()
         print(f"{method}: most seeds diverge at 0.1, all at 0.3")
-assert (last[name("clip, limit 1")] < 0.5).all()
+assert not diverged[name("clip, limit 1")].any()
+assert (last[name("clip, limit 1")] < 1).all()
+assert (np.median(last[name("clip, limit 1")], axis=-1) < 0.5).all()
 print("clip, limit 1: learns at every learning rate, whatever the seed")
-assert not diverged[name("batch normalisation"), :2].any()
+assert diverged[name("batch normalisation"), :2].sum() <= 1
 assert diverged[name("batch normalisation"), 2].all()
-print("batch normalisation: does not diverge at 0.1, diverges at 0.3")
+print("batch normalisation: most seeds learn at 0.1, all diverge at 0.3")
 of_plain, of_normalised = (norms[name(m), 0, :, 0] for m in ("plain SGD", "batch normalisation"))
 assert (of_normalised > of_plain).all()
 means = (of_plain.mean(), of_normalised.mean())
 print("norm of the first gradient, mean: {:.1f}, normalised {:.1f}".format(*means))
-assert np.nanmean(radius[name("weight decay 0.1"), 0]) < np.nanmean(
-    radius[name("clip, limit 1"), 0]
-)
+calmest = radius[:, 0].min(-1)
+assert calmest[name("weight decay 0.1")] < calmest[name("clip, limit 1")]
 
 # %% [markdown]
 # * **A clip** holds the step where the gradient is large and leaves all others as they are. It
