@@ -477,6 +477,19 @@ def _root(total: jax.Array, scale: jax.Array) -> jax.Array:
     ).astype(total.dtype)
 
 
+def norms_of_examples(x: jax.Array) -> jax.Array:
+    """The norm of each `x[i]`, [examples].
+
+    Summed twice: first plainly, then at the scale that the plain sum asks for. A `cond` around the
+    second pass would make devices that hold examples agree on it, and would hold a copy.
+    """
+    dims = tuple(range(1, x.ndim))
+    squares = functools.partial(_sum_of_squares, dims=dims)
+    plain = squares(x)
+    scale = _SafeRange(plain.dtype).scale(plain, math.prod(x.shape[1:]))
+    return _root(squares(x, scale), scale).ravel()
+
+
 def _root_of_bins(bins: jax.Array) -> jax.Array:
     """Norms from the sums of `_bins`: the bin of the largest scale, and what its neighbour adds."""
     safe = _SafeRange(bins.dtype)

@@ -1,7 +1,6 @@
 """How examples are clipped: from the norms of their arrays to factors, and the scaled sum."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,16 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._checks import check_threshold
-from .._norms import (
-    GroupNorms,
-    _root,
-    _SafeRange,
-    _sum_of_squares,
-    global_norm,
-    norm_dtype,
-    spread,
-    widen,
-)
+from .._norms import GroupNorms, global_norm, norm_dtype, norms_of_examples, spread, widen
 from .._rescale import Response, factors, shrink
 
 Share = Callable[[Sequence[int]], Sequence[float]]
@@ -136,19 +126,7 @@ def check_mask(mask: Any, count: int) -> jax.Array:
 
 def array_norms(grads: Any) -> Any:
     """The norm of each array of each example: the tree with an array [examples] for each leaf."""
-    return jax.tree.map(lambda x: x.norms() if hasattr(x, "norms") else _array_norm(x), grads)
-
-
-def _array_norm(leaf: jax.Array) -> jax.Array:
-    """As `leaf_norms`, but without its `cond`, whose branches would each hold a copy."""
-    safe = _SafeRange(norm_dtype())
-    dims = tuple(range(1, leaf.ndim))
-    plain, up, down = (
-        _sum_of_squares(leaf, scale, dims=dims).ravel()
-        for scale in (None, np.asarray(safe.up, norm_dtype()), np.asarray(safe.down, norm_dtype()))
-    )
-    scale = safe.scale(plain, math.prod(leaf.shape[1:]))
-    return _root(jnp.where(scale == 1, plain, jnp.where(scale > 1, up, down)), scale)
+    return jax.tree.map(lambda x: x.norms() if hasattr(x, "norms") else norms_of_examples(x), grads)
 
 
 def hold(norms: Any, sizes: Sequence[int], real: jax.Array, max_norm: Any, rule: Rule) -> Held:

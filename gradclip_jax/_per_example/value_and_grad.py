@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from .._checks import check_above, check_whole_number
 from .._devices import axis_size, manual_axes, path_name, types_tell, varying_axes
-from .._norms import apart, global_norm, norm_dtype, widen
+from .._norms import global_norm, norm_dtype, widen
 from .._rescale import Response, shrink
 from .ghost import ghost_gradients
 from .rule import (
@@ -256,8 +256,7 @@ def clipped_value_and_grad(
 def _direct(value_of: Callable[..., Any], params: Any, examples: Any) -> Any:
     differentiated = jax.value_and_grad(value_of, has_aux=True)
     result, grads = jax.vmap(differentiated, in_axes=(None, 0))(params, examples)
-    # They are read twice, and XLA would compute them twice, and keep both.
-    return result, apart(grads)
+    return result, grads
 
 
 class _Split(NamedTuple):
@@ -448,7 +447,7 @@ def _over_examples(clip: _Clipping, batch: Any, real: jax.Array, size: int) -> _
         seen = (jnp.sum(real, dtype=jnp.int32), held.above, held.nonfinite)
         return totals, (_total(values, real), seen, held.norms if clip.return_norms else None, aux)
 
-    totals, (values, seen, norms, aux) = jax.lax.scan(step, clip.zeros(), jnp.arange(steps))
+    totals, (values, seen, norms, aux) = _scan(step, clip.zeros(), jnp.arange(steps))
     norms, aux = jax.tree.map(
         lambda x: jnp.swapaxes(x, 0, 1).reshape(steps * size, *x.shape[2:])[:count], (norms, aux)
     )
@@ -493,7 +492,7 @@ def _over_users(clip: _Clipping, batch: Any, real: jax.Array, ids: jax.Array, si
 
     zero = _vary(jnp.zeros((), jnp.int32), clip.axes)
     start = (clip.zeros(), clip.zeros(), zero, _vary(ids[order[0]], clip.axes))
-    carry, (values, seen, aux) = jax.lax.scan(step, start, (padded, counts))
+    carry, (values, seen, aux) = _scan(step, start, (padded, counts))
     totals, sums, number, _ = carry
     totals, last = close(totals, [x[None] for x in sums], number[None], jnp.ones(1, bool))
     joined = jax.tree.map(lambda x, y: jnp.concatenate([x.ravel(), y.ravel()]), seen, last)
@@ -504,6 +503,14 @@ def _over_users(clip: _Clipping, batch: Any, real: jax.Array, ids: jax.Array, si
     aux = jax.tree.map(lambda x: x.reshape(steps * size, *x.shape[2:])[back], aux)
     found = jax.tree.map(lambda x: jnp.sum(x, dtype=jnp.int32), (users, above, nonfinite))
     return _Sums((jnp.sum(values), totals, found), norms if clip.return_norms else None, aux)
+
+
+def _scan(step: Callable[..., Any], start: Any, rows: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan`, but one step is no loop: XLA on CPU runs convolutions slowly inside one."""
+    if len(jax.tree.leaves(rows)[0]) > 1:
+        return jax.lax.scan(step, start, rows)
+    last, seen = step(start, jax.tree.map(lambda x: x[0], rows))
+    return last, jax.tree.map(lambda x: x[None], seen)
 
 
 def _total(values: jax.Array, real: jax.Array) -> jax.Array:
