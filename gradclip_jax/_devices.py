@@ -3,7 +3,9 @@
 What differs between versions of jax about types and memories is in this file and nowhere else.
 """
 
+import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -187,7 +189,54 @@ def any_device(flags: jax.Array, axis_name: AxisName) -> jax.Array:
         axes = {
             name for spec in specs for name in _names([spec] if isinstance(spec, str) else spec)
         }
-    return jax.lax.psum(flags.astype("int32"), tuple(sorted(axes))) > 0 if axes else flags
+    return sum_over_devices(flags.astype("int32"), axes) > 0 if axes else flags
+
+
+def sum_over_devices(tree: Any, axes: Iterable[str]) -> Any:
+    """The sums of the arrays of all devices along these axes."""
+    names = tuple(sorted(axes))
+    return jax.lax.psum(tree, names) if names else tree
+
+
+def mesh_of(tree: Any) -> contextlib.AbstractContextManager[Any]:
+    """A context in which the explicit mesh of these arrays is set, if no mesh is.
+
+    Without it jax refuses `vmap` over a dimension that is split.
+    """
+    leaves = jax.tree.leaves(tree)
+    split = [x for x in leaves if not jax.typeof(x).sharding.mesh.empty]
+    if not split or not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    if any(isinstance(x, Tracer) for x in leaves):
+        return jax.sharding.use_abstract_mesh(jax.typeof(split[0]).sharding.mesh)
+    return jax.set_mesh(split[0].sharding.mesh)
+
+
+def row_shards(x: Any) -> int:
+    """Into how many parts explicit mesh axes split the first dimension."""
+    sharding = jax.typeof(x).sharding
+    return math.prod(sharding.mesh.shape[name] for name in _names(sharding.spec[:1]))
+
+
+def with_all_rows(x: jax.Array) -> jax.Array:
+    """`x`, its first dimension no longer split by explicit mesh axes."""
+    sharding = jax.typeof(x).sharding
+    if row_shards(x) == 1:
+        return x
+    spec = PartitionSpec(None, *sharding.spec[1:])
+    return jax.sharding.reshard(x, sharding.update(spec=spec))
+
+
+def split_as(x: jax.Array, *dimensions: tuple[jax.Array, int]) -> Any:
+    """The `out_sharding` of an array whose dimensions are split as these dimensions of arrays.
+
+    The explicit mesh axes are those of `x`; None if it has none: then the compiler decides.
+    """
+    sharding = jax.typeof(x).sharding
+    if not any(_names(sharding.spec)):
+        return None
+    entries = [jax.typeof(other).sharding.spec[dim] for other, dim in dimensions]
+    return sharding.update(spec=PartitionSpec(*entries))
 
 
 def filled_like(number: float, kind: jax.ShapeDtypeStruct) -> jax.Array:
@@ -195,13 +244,18 @@ def filled_like(number: float, kind: jax.ShapeDtypeStruct) -> jax.Array:
     return varying_like(jax.numpy.full(kind.shape, number, kind.dtype), kind)
 
 
+def varying_along(x: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """`x`, with a type that varies along these axes: then its gradient is not summed there."""
+    missing = tuple(sorted(set(axes) - varying_axes(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
 def varying_like(x: jax.Array, other: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     """`x`, with a type that varies along the axes along which that of `other` does.
 
     With explicit axes the type also says how dimensions are split, and then `x` is split so too.
     """
-    missing = tuple(sorted(varying_axes(other) - varying_axes(x)))
-    x = jax.lax.pcast(x, missing, to="varying") if missing else x
+    x = varying_along(x, varying_axes(other))
     here, there = jax.typeof(x).sharding.spec, jax.typeof(other).sharding.spec
     # Without a mesh that is set there are no devices over which a new array could be split.
     if here == there or len(here) != len(there) or jax.sharding.get_abstract_mesh().empty:

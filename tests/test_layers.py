@@ -75,8 +75,7 @@ def test_every_module_has_a_layer():
 def test_only_norms_and_devices_know_collectives():
     collectives = ("psum", "pmax", "pmean", "all_gather")
     for file in FILES:
-        # The gradients of examples are added up over the devices that hold them, once.
-        if module_of(file) not in ("_norms", "_devices") and file.name != "value_and_grad.py":
+        if module_of(file) not in ("_norms", "_devices"):
             calls = [
                 node.attr
                 for node in ast.walk(ast.parse(file.read_text()))

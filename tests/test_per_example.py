@@ -12,7 +12,7 @@ import pytest
 from conftest import make_mesh
 from flax import nnx
 from hypothesis import given, settings, strategies as st
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from gradclip_jax import (
     automatic,
@@ -646,6 +646,29 @@ def test_users_in_shard_map_are_clipped_on_their_device(mesh):
     assert_close(grads, users_loop(gradients(loss, params_of(), x, y), ids, 1.0)[0])
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("users", [False, True], ids=["examples", "users"])
+@pytest.mark.parametrize("size", [None, 8, 3])
+def test_split_examples_under_jit_are_clipped_as_whole_ones(kind, users, size):
+    """Also users whose examples lie on several devices."""
+    x, y = data(16)
+    ids = np.arange(16) % 5
+    mask = np.arange(16) != 3
+    with jax.set_mesh(make_mesh(kind, data=8)):
+        split = NamedSharding(jax.sharding.get_mesh(), P("data"))
+        f = clipped_value_and_grad(loss, 1.0, microbatch_size=size, return_norms=True)
+        given = {"mask": mask, "user_ids": ids} if users else {"mask": mask}
+        given = jax.device_put({name: jnp.asarray(x) for name, x in given.items()}, split)
+        (_, seen), grads = jax.jit(f)(params_of(), *jax.device_put((x, y), split), **given)
+    each = gradients(loss, params_of(), x, y)
+    if users:
+        whole = users_loop(each, ids, 1.0, mask=mask)[0]
+    else:
+        whole = loop([one for one, real in zip(each, mask, strict=True) if real], 1.0)
+    assert_close(grads, whole)
+    assert int(seen.example_count) == (5 if users else 15)
+
+
 def test_split_parameters_under_jit_are_clipped_as_whole_ones(expected):
     mesh = make_mesh(data=4, model=2)
     x, y = data(16)
@@ -655,6 +678,39 @@ def test_split_parameters_under_jit_are_clipped_as_whole_ones(expected):
     batch = jax.device_put((x, y), NamedSharding(mesh, P("data")))
     _, grads = jax.jit(clipped_value_and_grad(loss, 1.0, microbatch_size=4))(params, *batch)
     assert_close(grads, expected)
+
+
+def test_explicit_axes_split_examples_parameters_and_scalars_without_a_mesh_that_is_set():
+    mesh = make_mesh(AxisType.Explicit, data=4, model=2)
+
+    def split(x, *spec):
+        return jax.device_put(jnp.asarray(x), NamedSharding(mesh, P(*spec)))
+
+    def linear(params, x, y):
+        return ((x @ params["w"]) ** 2).sum() * params["scale"] + (y * params["scale"]).sum()
+
+    x, y = data(16)
+    params = {"w": jnp.ones((x.shape[1], 4)), "scale": jnp.float32(0.5)}
+    given = {"w": split(params["w"], None, "model"), "scale": split(params["scale"])}
+    f = clipped_value_and_grad(linear, 1.0, microbatch_size=8)
+    for step in (jax.jit(f), f):
+        (_, seen), grads = step(given, split(x, "data"), split(y, "data"))
+        assert_close(grads, loop(gradients(linear, params, x, y), 1.0))
+        assert grads["w"].sharding.spec == P(None, "model")
+        assert int(seen.clip_count) > 0
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_gradients_at_hand_that_explicit_axes_split_are_clipped_as_whole_ones(jit):
+    split = NamedSharding(make_mesh(AxisType.Explicit, data=8), P("data"))
+    x, y = data(16)
+    each = gradients(loss, params_of(), x, y)
+    grads = [jnp.stack(leaves) for leaves in zip(*each, strict=True)]
+    clip = functools.partial(per_example_clip, max_norm=1.0)
+    total, clipped = (jax.jit(clip) if jit else clip)(jax.device_put(grads, split))
+    alone, clipped_alone = clip(grads)
+    assert_close(total, alone)
+    assert int(clipped) == int(clipped_alone) > 0
 
 
 # --- noise ---

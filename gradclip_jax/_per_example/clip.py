@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._devices import mesh_of
 from .._norms import global_norm, is_gradient
 from .._rescale import Response, shrink
 from .rule import (
@@ -79,7 +80,8 @@ def per_example_clip(
         )
     ((count,),) = counts
     real = check_mask(mask, count)
-    return _clipped(grads, max_norm, real, rule=Rule(measure, share, response), dtype=dtype)
+    with mesh_of(grads):
+        return _clipped(grads, max_norm, real, rule=Rule(measure, share, response), dtype=dtype)
 
 
 # Called eagerly this is one cached program for each tree structure; inside a trace it inlines.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._checks import check_threshold
+from .._devices import split_as
 from .._norms import GroupNorms, global_norm, norm_dtype, norms_of_examples, spread, widen
 from .._rescale import Response, factors, shrink
 
@@ -210,8 +211,13 @@ def _product(leaf: jax.Array, first: jax.Array, second: jax.Array, keep: jax.Arr
         return jax.lax.complex(real, imag)
     wide = widen(leaf)
     kept = jnp.where(_column(keep, wide), wide, 0) * _column(second.astype(wide.dtype), wide)
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.tensordot(first.astype(wide.dtype), kept, axes=1, precision=highest)
+    return jnp.tensordot(
+        first.astype(wide.dtype),
+        kept,
+        axes=1,
+        precision=jax.lax.Precision.HIGHEST,
+        out_sharding=split_as(kept, *((kept, dim) for dim in range(1, kept.ndim))),
+    )
 
 
 def _column(x: jax.Array, leaf: jax.Array) -> jax.Array:

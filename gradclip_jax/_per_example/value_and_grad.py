@@ -10,7 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import check_above, check_whole_number
-from .._devices import axis_size, manual_axes, path_name, types_tell, varying_axes
+from .._devices import (
+    axis_size,
+    manual_axes,
+    mesh_of,
+    path_name,
+    row_shards,
+    sum_over_devices,
+    types_tell,
+    varying_along,
+    varying_axes,
+    varying_like,
+    with_all_rows,
+)
 from .._norms import global_norm, norm_dtype, widen
 from .._rescale import Response, shrink
 from .ghost import ghost_gradients
@@ -99,7 +111,10 @@ def clipped_value_and_grad(
         then an example may be a batch itself, as all records of a user.
       microbatch_size: Number of examples whose gradients exist at one time, at least 1; None for
         all. If it does not divide the batch, that is padded. A multiple of the number of devices
-        over which `jit` splits the batch; of those on one device inside `shard_map`.
+        over which `jit` splits the batch, and there the devices meet once for each micro-batch; of
+        those on one device inside `shard_map`, where they meet once. XLA on CPU runs convolutions
+        in a loop slowly (https://github.com/jax-ml/jax/issues/12868): there one micro-batch is
+        faster.
       reduction: `"sum"`, or `"mean"` to divide value and gradient by the number of examples that
         count, of users with `user_ids`.
       mean_of: For the mean, another number to divide by, above 0. Privacy needs a fixed one.
@@ -213,7 +228,7 @@ def clipped_value_and_grad(
                 argument.check_unchanged(module)
             return result if has_aux else (result, None)
 
-        params = jax.tree.map(functools.partial(_vary, axes=axes.varying), params)
+        params = jax.tree.map(functools.partial(varying_along, axes=axes.varying), params)
         each = None
         if ghost and ids is None and not several and arguments[positions[0]].graph is not None:
             one = jax.tree.map(lambda x: x[0], batch)
@@ -227,15 +242,15 @@ def clipped_value_and_grad(
             return_norms=return_norms,
             axes=axes.varying,
         )
-        real = _vary(real, axes.varying)
+        real = varying_along(real, axes.varying)
         size = count if microbatch_size is None else min(microbatch_size, count)
-        if ids is None:
-            sums = _over_examples(clip, batch, real, size)
-        else:
-            sums = _over_users(clip, batch, real, ids, size)
+        with mesh_of((params, batch)):
+            if ids is None:
+                sums = _over_examples(clip, batch, real, size)
+            else:
+                sums = _over_users(clip, batch, real, ids, size)
         # The one place where devices meet.
-        summed = jax.lax.psum(sums.summed, axes.summed) if axes.summed else sums.summed
-        value, totals, counts = summed
+        value, totals, counts = sum_over_devices(sums.summed, axes.summed)
         seen = PerExample(*counts, norms=sums.norms, aux=sums.aux)
         if reduction == "mean":
             divisor = seen.example_count if mean_of is None else mean_of
@@ -391,12 +406,6 @@ def _mesh_axes(params: Any, others: Any, axis_name: Any) -> _Axes:
     return _Axes(frozenset(), tuple(named))
 
 
-def _vary(x: Any, axes: frozenset[str]) -> Any:
-    """`x` as a value that differs along these axes, so that its gradient is not summed there."""
-    missing = tuple(sorted(axes - varying_axes(x)))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-
 class _Clipping(NamedTuple):
     """What both ways through a batch need."""
 
@@ -409,7 +418,8 @@ class _Clipping(NamedTuple):
     axes: frozenset[str]
 
     def zeros(self) -> list[jax.Array]:
-        return [_vary(zero, self.axes) for zero in zeros_for(self.params)]
+        pairs = zip(zeros_for(self.params), jax.tree.leaves(self.params), strict=True)
+        return [varying_like(zero, leaf) for zero, leaf in pairs]
 
     def add(self, totals: list[jax.Array], grads: Any, real: jax.Array) -> tuple[Any, Held]:
         sizes = [leaf.size for leaf in jax.tree.leaves(self.params)]
@@ -428,6 +438,8 @@ class _Sums(NamedTuple):
 def _over_examples(clip: _Clipping, batch: Any, real: jax.Array, size: int) -> _Sums:
     count = real.size
     steps = math.ceil(count / size)
+    if size % max(map(row_shards, jax.tree.leaves(batch))) or steps * size > count:
+        batch, real = jax.tree.map(with_all_rows, (batch, real))
 
     def columns(x: jax.Array) -> jax.Array:
         # Column s is micro-batch s: it has as many examples of each device that holds a part.
@@ -459,6 +471,7 @@ def _over_users(clip: _Clipping, batch: Any, real: jax.Array, ids: jax.Array, si
     """The same, but the gradients of a user are summed before; who is not done is carried on."""
     count = real.size
     steps = math.ceil(count / size)
+    batch, real, ids = jax.tree.map(with_all_rows, (batch, real, ids))
     order = jnp.lexsort((ids, ~real))
     padded = jnp.concatenate([order, order[: steps * size - count]]).reshape(steps, size)
     counts = (jnp.arange(steps * size) < count).reshape(steps, size) & real[padded]
@@ -490,8 +503,8 @@ def _over_users(clip: _Clipping, batch: Any, real: jax.Array, ids: jax.Array, si
         carry = totals, [x[last] for x in sums], numbers[last], here[-1]
         return carry, (_total(values, real), seen, aux)
 
-    zero = _vary(jnp.zeros((), jnp.int32), clip.axes)
-    start = (clip.zeros(), clip.zeros(), zero, _vary(ids[order[0]], clip.axes))
+    zero = varying_along(jnp.zeros((), jnp.int32), clip.axes)
+    start = (clip.zeros(), clip.zeros(), zero, varying_along(ids[order[0]], clip.axes))
     carry, (values, seen, aux) = _scan(step, start, (padded, counts))
     totals, sums, number, _ = carry
     totals, last = close(totals, [x[None] for x in sums], number[None], jnp.ones(1, bool))
