@@ -729,6 +729,20 @@ def test_the_noise_has_the_deviation_it_says_and_is_drawn_anew_at_each_step():
     np.testing.assert_array_equal(first["ids"], zeros["ids"])
 
 
+def test_no_noise_is_none_also_at_an_infinite_limit_and_a_multiplier_of_nan_is_seen():
+    """A limit that is traced may be infinite where nothing is clipped."""
+    noise = gaussian_noise(0.0, 1.0, key=0)
+    step = jax.jit(lambda grads, limit: noise.update(grads, noise.init(grads), max_norm=limit)[0])
+    np.testing.assert_array_equal(step(jnp.arange(3.0), jnp.inf), [0, 1, 2])
+
+    @jax.jit
+    def noised(multiplier):
+        noise = gaussian_noise(multiplier, 1.0, key=0)
+        return noise.update(jnp.ones(3), noise.init(jnp.ones(3)))[0]
+
+    assert np.isnan(noised(jnp.nan)).all()
+
+
 def test_noise_and_gradient_are_rounded_together():
     noise = gaussian_noise(1.0, 1.0, 0)
     fine, coarse = (

@@ -78,12 +78,13 @@ def gaussian_noise(
         del params, extra_args
         scale = [multiplier, bound if max_norm is None else max_norm, divisor]
         z, c, n = (jnp.asarray(number).astype(norm_dtype()) for number in scale)
+        deviation = jnp.where(z == 0, 0, z * c / n)  # c may be infinite
         leaves, treedef = jax.tree.flatten(updates)
         keys = jax.random.split(
             jax.random.fold_in(state.key, state.step_count), max(len(leaves), 1)
         )
         noised = [
-            _noised(leaf, z * c / n, keys[i]) if is_gradient(leaf) else leaf
+            _noised(leaf, deviation, keys[i]) if is_gradient(leaf) else leaf
             for i, leaf in enumerate(leaves)
         ]
         return treedef.unflatten(noised), NoiseState(state.step_count + 1, state.key)
