@@ -522,7 +522,8 @@ def _scan(step: Callable[..., Any], start: Any, rows: Any) -> tuple[Any, Any]:
     """`jax.lax.scan`, but one step is no loop: XLA on CPU runs convolutions slowly inside one."""
     if len(jax.tree.leaves(rows)[0]) > 1:
         return jax.lax.scan(step, start, rows)
-    last, seen = step(start, jax.tree.map(lambda x: x[0], rows))
+    # One program, as the loop would be, where nothing around compiles it.
+    last, seen = jax.jit(step, inline=True)(start, jax.tree.map(lambda x: x[0], rows))
     return last, jax.tree.map(lambda x: x[None], seen)
 
 
