@@ -1,112 +1,50 @@
 """Ghost gradients: those of an example as two factors, whose product is never formed.
 
-The gradient of the kernel of a dense layer is a sum of outer products of its inputs x and the
-derivatives d of the loss at its outputs. The norm, and the scaled sum over examples, follow from
-the factors (Bu, Wang, Zha, Karypis, *Differentially Private Optimization on Large Model at Small
-Cost*, 2023, https://arxiv.org/abs/2210.00038, section 3):
-
-    |sum_t x_t d_t^T|^2 = sum_ts (x_t . x_s) (d_t . d_s)
+A layer is seen at each call: its input is one factor, and the other is the derivative with respect
+to a zero that is added to its output. Its own parameter is not differentiated.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from .._devices import path_name, varying_axes, varying_like
-from .._norms import widen
+from .._devices import path_name, varying_along, varying_axes
+from .ghost_layers import Inputs, Kind, is_plain, kinds, pays, rows
 
-Factors = tuple[jax.Array, jax.Array]
-
-_HIGHEST = jax.lax.Precision.HIGHEST
-_ROUNDING = 2.0**-20
+_CELLS = ("SimpleCell", "LSTMCell", "OptimizedLSTMCell", "GRUCell")
 
 
-class Dense:
-    """Gradients of a kernel: inputs [examples, positions, i], outputs [examples, positions, o]."""
-
-    def __init__(self, kernel: jax.Array, inputs: jax.Array, outputs: jax.Array):
-        """Keep the factors in at least float32."""
-        del kernel
-        self.inputs, self.outputs = widen(inputs), widen(outputs)
-
-    def norms(self) -> jax.Array:
-        """Norm of each example."""
-        return _norms(_gram(self.inputs), self.inputs, self.outputs)
-
-    def summed(self, first: jax.Array, second: jax.Array, keep: jax.Array) -> jax.Array:
-        """The sum over examples, each scaled."""
-        inputs = jnp.where(keep[:, None, None], self.inputs, 0)
-        scaled = _scaled(self.outputs, first, second, keep)
-        return jnp.einsum("nti,nto->io", inputs, scaled, precision=_HIGHEST)
-
-
-class Lookup:
-    """Gradients of a table: indices [examples, positions, 1], outputs as above."""
-
-    def __init__(self, table: jax.Array, inputs: jax.Array, outputs: jax.Array):
-        """Keep the factors in at least float32."""
-        rows = inputs[..., 0]
-        self.shape, self.outputs = table.shape, widen(outputs)
-        self.inputs = jnp.where(rows < 0, rows + table.shape[0], rows)
-
-    def norms(self) -> jax.Array:
-        """Norm of each example: an index that it has several times is one row."""
-        same = self.inputs[:, :, None] == self.inputs[:, None, :]
-        ones = jnp.ones((*self.inputs.shape, 1), self.outputs.dtype)
-        return _norms(same.astype(self.outputs.dtype), ones, self.outputs)
-
-    def summed(self, first: jax.Array, second: jax.Array, keep: jax.Array) -> jax.Array:
-        """The sum over examples, each scaled."""
-        scaled = _scaled(self.outputs, first, second, keep)
-        return jnp.zeros(self.shape, scaled.dtype).at[self.inputs].add(scaled)
-
-
-def _gram(x: jax.Array) -> jax.Array:
-    return jnp.einsum("nti,nsi->nts", x, x, precision=_HIGHEST)
-
-
-def _norms(gram: jax.Array, inputs: jax.Array, outputs: jax.Array) -> jax.Array:
-    """The root of the sum of products of Gram matrices, and what rounding may take from it."""
-    squares = jnp.sum(gram * _gram(outputs), axis=(1, 2))
-    lengths = [jnp.sqrt(jnp.sum(part * part, axis=2)) for part in (inputs, outputs)]
-    most = jnp.sum(lengths[0] * lengths[1], axis=1)
-    # Terms of both signs may cancel, so that what is left is rounding.
-    safe = jnp.where(squares > 0, squares, 0 * squares) + _ROUNDING * most * most
-    return jnp.where(safe != 0, jnp.sqrt(jnp.where(safe != 0, safe, 1)), 0)
-
-
-def _scaled(x: jax.Array, first: jax.Array, second: jax.Array, keep: jax.Array) -> jax.Array:
-    column = functools.partial(jnp.expand_dims, axis=(1, 2))
-    kept = jnp.where(column(keep), x, 0)
-    return kept * column(second.astype(x.dtype)) * column(first.astype(x.dtype))
-
-
-class _Site(NamedTuple):
-    """A call of a layer: the name of its parameter, and its input and output."""
+@dataclasses.dataclass(frozen=True)
+class _Site:
+    """A call of a layer: its parameter and kind, its inputs, and what is added to its output."""
 
     name: str
-    inputs: Any
-    outputs: Any
+    kind: Kind
+    inputs: Inputs
+    shape: tuple[int, ...]
+    dtype: Any
 
 
 def ghost_gradients(
     nnx: Any, value_of: Callable[..., Any], params: Any, example: Any
 ) -> Callable[[Any, Any], Any] | None:
-    """`(params, examples) -> ((values, aux), grads)` with ghost gradients where that can be.
+    """`(params, examples) -> ((values, aux), grads)` with ghost gradients where they pay.
 
     `value_of` takes params, an example, and what to do with modules before they are called. None
-    if no layer allows it.
+    if there are no ghosts.
     """
     named = [(path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
-    names = [name for name, _ in named]
-    sites, kinds = _usable_sites(nnx, value_of, params, names, example)
+    tree = _usable_sites(nnx, value_of, params, dict(named), example)
+    sites = jax.tree.leaves(tree)
     if not sites:
         return None
-    ghosts = [name in kinds for name in names]
+    ghosts = [name in {site.name for site in sites} for name, _ in named]
     treedef = jax.tree.structure(params)
 
     def each(params: Any, examples: Any) -> Any:
@@ -114,111 +52,168 @@ def ghost_gradients(
         direct = [leaf for leaf, ghost in zip(leaves, ghosts, strict=True) if not ghost]
 
         def of_example(direct: Any, probes: Any, example: Any) -> Any:
-            rest, seen = iter(direct), []
+            rest = iter(direct)
             whole = [
                 leaf if ghost else next(rest) for leaf, ghost in zip(leaves, ghosts, strict=True)
             ]
+            watch = _Watch(nnx, {site.name for site in sites}, probes=probes)
+            value, aux = value_of(treedef.unflatten(whole), example, watch.start)
+            return value, (aux, watch.inputs)
 
-            def call(layer: Callable[[Any], Any], name: str, x: Any) -> Any:
-                probe = probes[len(seen)]
-                seen.append(x)
-                return layer(x) + probe
-
-            prepare = functools.partial(_instrument, nnx, set(kinds), call)
-            value, aux = value_of(treedef.unflatten(whole), example, prepare)
-            return value, (aux, seen)
-
-        probes = [jnp.zeros(site.outputs.shape, site.outputs.dtype) for site in sites]
-        probes = [varying_like(probe, _widest(leaves)) for probe in probes]
+        axes = frozenset().union(*map(varying_axes, leaves))
+        probes = jax.tree.map(
+            lambda site: varying_along(jnp.zeros(site.shape, site.dtype), axes), tree
+        )
         mapped = jax.vmap(
             jax.value_and_grad(of_example, (0, 1), has_aux=True), in_axes=(None, None, 0)
         )
         (values, (aux, inputs)), (of_direct, outputs) = mapped(direct, probes, examples)
+        arrays, outputs = jax.tree.leaves(inputs), jax.tree.leaves(outputs)
+        calls = [
+            (site, site.inputs._replace(array=x), y.reshape(y.shape[0], -1, y.shape[-1]))
+            for site, x, y in zip(sites, arrays, outputs, strict=True)
+        ]
         rest, grads = iter(of_direct), []
         for (name, leaf), ghost in zip(named, ghosts, strict=True):
             if not ghost:
                 grads.append(next(rest))
                 continue
-            here = [i for i, site in enumerate(sites) if site.name == name]
-            factors = [
-                jnp.concatenate([_positions(parts[i], kinds[name], k) for i in here], axis=1)
-                for k, parts in enumerate((inputs, outputs))
-            ]
-            grads.append(kinds[name](leaf, *factors))
+            here, xs, ys = zip(*(call for call in calls if call[0].name == name), strict=True)
+            grads.append(here[0].kind.gradients(leaf, xs, jnp.concatenate(ys, axis=1)))
         return (values, aux), treedef.unflatten(grads)
 
     return each
 
 
-def _widest(leaves: Sequence[jax.Array]) -> jax.Array:
-    return max(leaves, key=lambda leaf: len(varying_axes(leaf)))
-
-
-def _positions(x: jax.Array, kind: Any, number: int) -> jax.Array:
-    """[examples, positions, features]; an index has one feature."""
-    if kind is Lookup and number == 0:
-        return x.reshape(x.shape[0], -1, 1)
-    return x.reshape(x.shape[0], -1, x.shape[-1])
-
-
 def _usable_sites(
-    nnx: Any, value_of: Callable[..., Any], params: Any, names: list[str], example: Any
-) -> tuple[list[_Site], dict[str, Any]]:
-    """Calls of layers whose parameter serves in such calls alone, and what each parameter is."""
-    kinds: dict[str, Any] = {}
-    sites: list[_Site] = []
+    nnx: Any, value_of: Callable[..., Any], params: Any, named: dict[str, Any], example: Any
+) -> list[Any]:
+    """Calls of layers whose parameter serves in such calls alone, where ghosts pay."""
+    seen: list[Any] = []
 
     def run(params: Any, copies: Any, example: Any) -> Any:
-        given = dict(zip(names, jax.tree.leaves(copies), strict=True))
+        watch = _Watch(nnx, set(named), copies=dict(zip(named, copies, strict=True)))
+        value = value_of(params, example, watch.start)[0]
+        seen[:] = watch.sites
+        return value
 
-        def call(layer: Any, name: str, x: Any) -> Any:
-            module = layer.__self__
-            attribute = name.rpartition("/")[2]
-            own = vars(module)[attribute]
-            vars(module)[attribute] = own.replace(given[name])
-            result = layer(x)
-            vars(module)[attribute] = own
-            kinds[name] = Dense if attribute == "kernel" else Lookup
-            sites.append(_Site(name, jax.typeof(x), jax.typeof(result)))
-            return result
-
-        prepare = functools.partial(_instrument, nnx, set(names), call)
-        return value_of(params, example, prepare)[0]
-
-    program = jax.make_jaxpr(run)(params, params, example).jaxpr
+    program = jax.make_jaxpr(run)(params, jax.tree.leaves(params), example).jaxpr
     used = {id(var) for eqn in program.eqns for var in eqn.invars}
-    own = program.invars[: len(names)]
-    elsewhere = {name for name, var in zip(names, own, strict=True) if id(var) in used}
-    kinds = {name: kind for name, kind in kinds.items() if name not in elsewhere}
-    return [site for site in sites if site.name in kinds], kinds
+    own = program.invars[: len(named)]
+    names = {name for name, var in zip(named, own, strict=True) if id(var) not in used}
+    for name in set(names):
+        here = [site for site in jax.tree.leaves(seen) if site.name == name]
+        positions = sum(math.prod(site.shape[:-1]) for site in here)
+        real = all(jnp.issubdtype(site.dtype, jnp.floating) for site in here)
+        if not real or not pays(positions, named[name].size):
+            names.remove(name)
+    return _only(names, seen)
 
 
-def _instrument(nnx: Any, names: set[str], call: Callable[..., Any], model: Any) -> None:
-    """Let `call(layer, name, x)` stand for each call of a layer with a parameter of these names."""
-    here = core.get_opaque_trace_state(convention="nnx")
-    known: dict[int, str] = {}
-
-    def replaced(kind: Any) -> Any:
-        plain = kind.__call__
-
-        def of_layer(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-            inside = core.get_opaque_trace_state(convention="nnx") != here
-            if args or kwargs or inside or id(self) not in known:
-                return plain(self, x, *args, **kwargs)
-            return call(plain.__get__(self), known[id(self)], x)
-
-        return type(kind.__name__, (kind,), {"__call__": of_layer})
-
-    for kind, attribute in ((nnx.Linear, "kernel"), (nnx.Embed, "embedding")):
-        ghost = replaced(kind)
-        for path, module in nnx.iter_modules(model):
-            name = "/".join(map(str, (*path, attribute)))
-            if type(module) is kind and name in names and _is_plain(module):
-                known[id(module)] = name
-                object.__setattr__(module, "__class__", ghost)
+def _only(names: set[str], sites: list[Any]) -> list[Any]:
+    chosen = [_only(names, site) if isinstance(site, list) else site for site in sites]
+    return [site for site in chosen if isinstance(site, list) or site.name in names]
 
 
-def _is_plain(module: Any) -> bool:
-    """Whether its output is a plain product, or a plain row."""
-    product = getattr(module, "dot_general", jax.lax.dot_general)
-    return product is jax.lax.dot_general and getattr(module, "num_embeddings", 2) > 1
+def _level() -> Any:
+    """What differs inside `scan`, `jit` and the like, whose values must not be seen outside."""
+    return core.get_opaque_trace_state(convention="nnx")
+
+
+class _Watch:
+    """Sees the calls of layers with parameters of these names.
+
+    What is inside a scan over time is a list within the lists, with time as the first axis.
+    """
+
+    def __init__(self, nnx: Any, names: set[str], *, copies: Any = None, probes: Any = None):
+        """Copies stand for the parameters within such calls; probes are added to outputs."""
+        self.nnx, self.names, self.copies, self.probes = nnx, names, copies, probes
+        self.sites: list[Any] = []
+        self.inputs: list[Any] = []
+        self.known: dict[int, str] = {}
+        self.here: Any = None
+
+    def start(self, model: Any) -> None:
+        """See the calls of the layers in a module."""
+        self.here = _level()
+        for kind in kinds(self.nnx):
+            seen = self._seen(kind)
+            for path, module in self.nnx.iter_modules(model):
+                name = "/".join(map(str, (*path, kind.attribute)))
+                is_kind = type(module) is kind.layer and name in self.names
+                if is_kind and is_plain(self.nnx, module):
+                    self.known[id(module)] = name
+                    object.__setattr__(module, "__class__", seen)
+        cells = [getattr(self.nnx, name) for name in _CELLS]
+        for _, module in self.nnx.iter_modules(model):
+            if type(module) is self.nnx.RNN and type(module.cell) in cells:
+                object.__setattr__(module, "__class__", self._seen_rnn())
+
+    def _seen(self, kind: Kind) -> Any:
+        def of_layer(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            plain = functools.partial(kind.layer.__call__, layer)
+            inside = _level() != self.here
+            further = len(args) != 1 or any(value is not None for value in kwargs.values())
+            if further or inside or id(layer) not in self.known:
+                return plain(*args, **kwargs)
+            return self._call(kind, plain, layer, jnp.asarray(args[0]))
+
+        return type(kind.layer.__name__, (kind.layer,), {"__call__": of_layer})
+
+    def _call(self, kind: Kind, plain: Callable[[Any], Any], layer: Any, x: jax.Array) -> Any:
+        name, own = self.known[id(layer)], vars(layer)[kind.attribute]
+        if self.copies is not None:
+            vars(layer)[kind.attribute] = own.replace(self.copies[name])
+        result, positions, inputs = kind.call(plain, layer, x)
+        vars(layer)[kind.attribute] = own
+        output = rows(result, positions)
+        if self.probes is not None:
+            result = (output + self.probes[len(self.inputs)]).reshape(result.shape)
+        site = _Site(name, kind, inputs._replace(array=None), output.shape, output.dtype)
+        self.sites.append(site)
+        self.inputs.append(inputs.array)
+        return result
+
+    def _seen_rnn(self) -> Any:
+        plain = self.nnx.RNN
+        known = {"initial_carry", "return_carry", "time_major", "reverse", "keep_order"}
+
+        def of_rnn(rnn: Any, *args: Any, **kwargs: Any) -> Any:
+            # Where a carry is given no stream of random numbers is read.
+            unread = (type(None), self.nnx.RngStream)
+            given = {key: value for key, value in kwargs.items() if not isinstance(value, unread)}
+            inside = _level() != self.here
+            if inside or len(args) != 1 or not {"initial_carry"} <= given.keys() <= known:
+                return plain.__call__(rnn, *args, **kwargs)
+            setting = {**vars(rnn), **given}
+            axis = 0 if setting["time_major"] else args[0].ndim - 2
+            x, carry = jnp.moveaxis(args[0], axis, 0), given["initial_carry"]
+            carry, y = self._scan(rnn, carry, x, setting["reverse"])
+            if setting["reverse"] and not setting["keep_order"]:
+                y = jnp.flip(y, 0)
+            y = jnp.moveaxis(y, 0, axis)
+            return (carry, y) if setting["return_carry"] else y
+
+        return type(plain.__name__, (plain,), {"__call__": of_rnn})
+
+    def _scan(self, rnn: Any, carry: Any, x: jax.Array, reverse: bool) -> tuple[Any, jax.Array]:
+        """As `nnx.scan`, which lets nothing but the state of modules out of a step."""
+        outer = self.sites, self.inputs, self.probes, self.here
+        probes = None if self.probes is None else self.probes[len(self.inputs)]
+
+        def step(carry: Any, xs: Any) -> Any:
+            x, self.probes = xs
+            self.sites, self.inputs = [], []
+            self.here = _level()
+            carry, y = rnn.cell(carry, x)
+            return carry, (y, self.inputs)
+
+        carry, (y, inputs) = jax.lax.scan(
+            step, carry, (x, probes), reverse=reverse, unroll=rnn.unroll
+        )
+        sites = [dataclasses.replace(site, shape=(len(x), *site.shape)) for site in self.sites]
+        self.sites, self.inputs, self.probes, self.here = outer
+        self.sites.append(sites)
+        self.inputs.append(inputs)
+        return carry, y

@@ -128,11 +128,13 @@ def clipped_value_and_grad(
       average_users: Whether the gradients of a user are averaged, not summed, before the clip.
       return_norms: Whether to return the norms.
       dtype: Of the gradients; by default that of each parameter.
-      ghost: Whether the gradients of `nnx.Linear` kernels and `nnx.Embed` tables stay two factors
-        for each example, of which norm and sum follow: much less memory and time where an example
-        has fewer positions (of time, say) than a layer has units. Other parameters, and those used
-        elsewhere too or inside `nnx.scan`, `jit` and the like, go the direct way, as all do
-        with `user_ids`, several `argnums` and without modules.
+      ghost: Whether the gradients of kernels of `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Conv`,
+        and of tables of `nnx.Embed`, stay two factors for each example, of which norm and sum
+        follow: much less memory and time where an example has few positions (of time, of an
+        image) and a layer has many units. Also inside an `nnx.RNN` with one of Flax's LSTM, GRU
+        and simple cells, called with `initial_carry`. Other parameters, those used elsewhere too
+        or inside other `nnx.scan`, `jit` and the like, and those for which it would not pay go the
+        direct way, as all do with `user_ids`, several `argnums` and without modules.
       axis_name: Needed only inside `pmap`, or `shard_map` with `check_vma=False`: the mesh axes
         along which the batch is split, `()` for none.
 
@@ -162,7 +164,11 @@ def clipped_value_and_grad(
     (its value is in the sum of values as it is).
 
     With `ghost` the rounding of the products of factors comes in, for which their norms are taken
-    larger by 2^-21 of the sum over positions of the products of lengths.
+    larger by 2^-21 of the sum over positions of the products of lengths. They take the place of a
+    gradient where 2 T^2 is at most its size, T the number of positions at which the parameter
+    serves in one example: norms need two matrices [T, T] (Bu, Mao, Xu, *Scalable and Efficient
+    Training of Large Convolutional Neural Networks with Differential Privacy*, 2022,
+    https://arxiv.org/abs/2205.10683, section 4).
 
     With `user_ids` the batch is first sorted by them, and a user may have any number of examples:
     the gradient of one who is not done is carried from micro-batch to micro-batch. One example
@@ -231,7 +237,7 @@ def clipped_value_and_grad(
         params = jax.tree.map(functools.partial(varying_along, axes=axes.varying), params)
         each = None
         if ghost and ids is None and not several and arguments[positions[0]].graph is not None:
-            one = jax.tree.map(lambda x: x[0], batch)
+            one = jax.tree.map(lambda x: with_all_rows(x)[0], batch)
             each = ghost_gradients(_flax(), value_of, params, one)
         clip = _Clipping(
             each=functools.partial(_direct, value_of) if each is None else each,
