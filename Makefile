@@ -16,7 +16,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input
 USABLE = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
 # In this order they are the sections of benchmarks/results/<machine>.md.
-BENCHMARKS = step_overhead norm compile_time strategies scaling
+BENCHMARKS = step_overhead norm compile_time strategies scaling per_example
 
 .PHONY: help demo test bench lint format notebooks docs reference clean
 

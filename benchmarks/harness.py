@@ -316,7 +316,7 @@ def number(argument: str, text: str) -> int:
     """One positive whole number."""
     found = numbers(argument, text)
     if len(found) != 1:
-        raise InputError(f"`{argument}` must be one number, got {found}.")
+        raise InputError(f"`{argument}` must be one number, got {text!r}.")
     return found[0]
 
 

@@ -132,9 +132,7 @@ the last place of float32, 7.8e-3 that of bfloat16.
 def measure(args: argparse.Namespace) -> str:
     """Both tables."""
     counts = harness.numbers("--elements", args.elements)
-    (megabytes, *more) = harness.numbers("--megabytes", args.megabytes)
-    if more:
-        raise harness.InputError(f"`--megabytes` must be one number, got {args.megabytes!r}.")
+    megabytes = harness.number("--megabytes", args.megabytes)
     torch, skipped = harness.torch_beside_jax()
     rows = []
     for dtype in DTYPES:

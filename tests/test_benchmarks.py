@@ -21,10 +21,11 @@ harness = importlib.import_module("harness")
 SCRIPTS = {
     name: importlib.import_module(name)
     for name in (
-        "step_overhead", "norm", "compile_time", "strategies", "scaling", "lstm_throughput",
+        "step_overhead", "norm", "compile_time", "strategies", "scaling", "per_example",
+        "lstm_throughput",
     )
 }  # fmt: skip
-step_overhead, norm, compile_time, strategies, scaling, lstm_throughput = SCRIPTS.values()
+step_overhead, norm, compile_time, strategies, scaling, _, lstm_throughput = SCRIPTS.values()
 BY_HAND = {"lstm_throughput"}  # `make bench` does not run it
 # A program runs under the promotion that jax has by default.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -217,8 +218,11 @@ SMALLEST = {
     "compile_time": ["--leaves", "2", "--step-leaves", "2"],
     "strategies": ["--trees", "tiny", "--strategies", "zclip,soft_spectral_clip"],
     "scaling": ["--parameters", "10,1e15", "--optimizers", "sgd"],
+    "per_example": [
+        "--networks", "dense,lstm,conv", "--batches", "3", "--microbatch", "2", "--width", "2"
+    ],
     "lstm_throughput": ["--presets", "tiny"],
-}
+}  # fmt: skip
 ROWS = {
     "step_overhead": ["| a tiny tree | mixed | sgd |", "| 3 elements |"],
     "norm": ["| bfloat16 | optax.tree.norm |", "| 16 ones, float32 | 0.0e+00 |"],
@@ -228,8 +232,14 @@ ROWS = {
         "| sgd | 10 |",
         "sgd, 1,000,000,000,000,000 parameters: skipped, as it needs 13200000",
     ],
+    "per_example": [
+        "### A network with two hidden layers of 2 units, 42 weights",
+        "### A network with an LSTM of 2 units over 20 steps, 60 weights",
+        "### A network with two convolutions to 2 channels on 8 × 8 images, 200 weights",
+        "| 3 | 2 | gradclip_jax |", "| 3 | 3 | gradclip_jax, ghost |", "| 3 | 3 | optax |",
+    ],
     "lstm_throughput": ["| tiny | 6 |"],
-}
+}  # fmt: skip
 
 
 def run(name, *argv):
@@ -269,6 +279,8 @@ BAD_INPUT = {
     ("strategies", "--strategies", "zclip,zclip"): "each once, got 'zclip,zclip'.",
     ("scaling", "--optimizers", "lion"): "`--optimizers` must be some of adamw,sgd, each once, got",
     ("scaling", "--parameters", "inf"): "`--parameters` must be positive whole numbers by comma",
+    ("per_example", "--networks", "gru"): "`--networks` must be some of dense,lstm,conv, each",
+    ("per_example", "--microbatch", "1,2"): "`--microbatch` must be one number, got '1,2'.",
     ("lstm_throughput", "--presets", "chatbot"): "must be some of zaremba-small,zaremba-medium,",
     ("scaling", "--out", "/dev/null/x"): "`--out` must be a directory that can be written, got",
 }

@@ -197,7 +197,7 @@ def test_the_commands_of_the_benchmarks_are_those_of_their_results():
 def test_make_bench_runs_the_first_benchmarks_of_the_page():
     named = re.findall(r"python benchmarks/(\w+)\.py", (DOCS / "benchmarks.md").read_text())
     (line,) = re.findall(r"^BENCHMARKS = (.*)$", (ROOT / "Makefile").read_text(), flags=re.M)
-    assert set(named[:5]) == set(line.split())
+    assert named[: line.count(" ") + 1] == line.split()
 
 
 def test_the_layout_names_every_module_in_its_layer():
