@@ -343,7 +343,7 @@ def _norms_of_groups(leaves, *, dims, along, groups, order, together):
     norms = over_devices(largest, jax.lax.pmax, jnp.maximum)
     if order == math.inf:
         return norms
-    scales = [_inverse_power_of_two(jax.lax.stop_gradient(norm)) for norm in norms]
+    scales = [inverse_power_of_two(jax.lax.stop_gradient(norm)) for norm in norms]
     powers = functools.partial(over_leaves, functools.partial(_sum_of_powers, order=order))
     sums = over_devices(
         lambda here: powers(here, numbers=[scales[cell.group] for cell in here]),
@@ -562,7 +562,7 @@ def _sum(x, dims):
     return jnp.sum(x, axis=dims, keepdims=dims is not None)
 
 
-def _inverse_power_of_two(norm: jax.Array) -> tuple[jax.Array, jax.Array]:
+def inverse_power_of_two(norm: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two powers of two whose product is near 1 / norm; both and their inverses are normal."""
     usable = jnp.isfinite(norm) & (norm != 0)
     exponent = jnp.frexp(jnp.where(usable, norm, 1))[1]

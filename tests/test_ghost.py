@@ -134,6 +134,39 @@ def test_a_ghost_adds_at_most_the_limit():
     assert int(seen.clip_count) == 1
 
 
+@pytest.mark.parametrize(("of_input", "of_loss"), [(1e-30, 1.0), (1e25, 1e-20), (1.0, 1e25)])
+def test_ghost_norms_whose_squares_leave_the_range_are_measured(of_input, of_loss):
+    def layers(rngs):
+        return {
+            "dense": nnx.Linear(8, 32, use_bias=False, rngs=rngs),
+            "convolution": nnx.Conv(8, 32, 2, use_bias=False, rngs=rngs),
+            "table": nnx.Embed(5, 64, rngs=rngs),
+        }
+
+    def scaled(model, x, words):
+        values = model.dense(x), model.convolution(x), of_input * model.table(words)
+        return of_loss * sum((y / jnp.sqrt(1.0 * y.size)).sum() for y in values)
+
+    model = made_of(None, layers)
+    x, words = of_input * normal(4, 8), jnp.array([[0, 1, 1], [2, 2, 2], [3, 4, 0]])
+    limit = 0.5 * of_input * of_loss
+    found = {}
+    for ghost in (True, False):
+        f = clipped_value_and_grad(
+            scaled, limit, measure=leaf_norms, return_norms=True, ghost=ghost
+        )
+        found[ghost] = jax.jit(f)(model, x, words)
+    assert formed(traced(scaled, model, x, words), model) == set()
+    size = np.float32(of_input * of_loss)
+    ghosts, direct = (
+        [np.asarray(leaf) / size for leaf in jax.tree.leaves((seen.norms, grads))]
+        for (_, seen), grads in found.values()
+    )
+    for one, other in zip(ghosts, direct, strict=True):
+        np.testing.assert_allclose(one, other, 2e-4, 2e-5)
+    assert sum(map(int, jax.tree.leaves(found[True][0][1].clip_count))) > 0
+
+
 def test_no_gradient_of_an_example_is_formed():
     model = made(Model)
     words, classes = data(64)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from .._devices import split_as
-from .._norms import widen
+from .._norms import inverse_power_of_two, widen
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _ROUNDING = 2.0**-20
@@ -69,15 +69,20 @@ class Dense:
 
     def norms(self) -> jax.Array:
         """Norm of each example."""
+        units, undo = _near_one([x.array for x in self.inputs])
+        inputs = [x._replace(array=y) for x, y in zip(self.inputs, units, strict=True)]
+        (outputs,), undo_outputs = _near_one([self.outputs])
 
         def add(gram: jax.Array, start: Any) -> tuple[jax.Array, None]:
-            return gram + _gram(widen(_met(self.inputs, start))), None
+            return gram + _gram(_met(inputs, start)), None
 
-        first, *others = self.inputs[0].starts
-        gram = _gram(widen(_met(self.inputs, first)))
+        first, *others = inputs[0].starts
+        gram = _gram(_met(inputs, first))
         if others:
             gram, _ = jax.lax.scan(add, gram, jnp.asarray(others))
-        return _norms(gram, _gram(self.outputs))
+        # One of each in turn: what is huge may undo what is tiny.
+        pairs = zip(undo, undo_outputs, strict=True)
+        return _norms(gram, _gram(outputs), list(itertools.chain.from_iterable(pairs)))
 
     def summed(self, first: jax.Array, second: jax.Array, keep: jax.Array) -> jax.Array:
         """The sum over examples, each scaled."""
@@ -108,7 +113,8 @@ class Lookup:
     def norms(self) -> jax.Array:
         """Norm of each example: an index that it has several times is one row."""
         same = self.rows[:, :, None] == self.rows[:, None, :]
-        return _norms(same.astype(self.outputs.dtype), _gram(self.outputs))
+        (outputs,), undo = _near_one([self.outputs])
+        return _norms(same.astype(outputs.dtype), _gram(outputs), undo)
 
     def summed(self, first: jax.Array, second: jax.Array, keep: jax.Array) -> jax.Array:
         """The sum over examples, each scaled."""
@@ -216,14 +222,31 @@ def _gram(x: jax.Array) -> jax.Array:
     return jnp.einsum("nti,nsi->nts", x, x, precision=_HIGHEST)
 
 
-def _norms(inputs: Any, outputs: jax.Array) -> jax.Array:
-    """From Gram matrices: the root of the sum of products, and what rounding may take from it."""
+def _near_one(arrays: Sequence[jax.Array]) -> tuple[list[jax.Array], Sequence[jax.Array]]:
+    """In at least float32, each example by a power of two, and numbers that undo it.
+
+    So that the squares of what is huge or tiny stay in range.
+    """
+    wide = [widen(x) for x in arrays]
+    largest = [jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0) for x in wide]
+    # A maximum may lose NaN; the array keeps it.
+    down = inverse_power_of_two(functools.reduce(jnp.maximum, largest))
+    scaled = [x * _column(down[0], x) * _column(down[1], x) for x in wide]
+    return scaled, [1 / factor for factor in down]
+
+
+def _norms(inputs: Any, outputs: jax.Array, undo: Sequence[jax.Array]) -> jax.Array:
+    """From Gram matrices: the root of the sum of products, and what rounding may take from it.
+
+    The product of the norms and the numbers of `undo` is what was before `_near_one`.
+    """
     squares = jnp.sum(inputs * outputs, axis=(1, 2))
     lengths = [jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2)) for gram in (inputs, outputs)]
     most = jnp.sum(lengths[0] * lengths[1], axis=1)
     # Terms of both signs may cancel, so that what is left is rounding.
     safe = jnp.where(squares > 0, squares, 0 * squares) + _ROUNDING * most * most
-    return jnp.where(safe != 0, jnp.sqrt(jnp.where(safe != 0, safe, 1)), 0)
+    norms = jnp.where(safe != 0, jnp.sqrt(jnp.where(safe != 0, safe, 1)), 0)
+    return functools.reduce(jnp.multiply, undo, norms)
 
 
 def _scaled(x: jax.Array, first: jax.Array, second: jax.Array, keep: jax.Array) -> jax.Array:
