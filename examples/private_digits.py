@@ -288,9 +288,7 @@ def make_step(graph: nnx.GraphDef, args: argparse.Namespace, size: int) -> Calla
             params, images[chosen], labels[chosen], max_norm=max_norm, mask=counts
         )
         optimizer = make_optimizer(args, setup.noise_multiplier, noise_key)
-        # Without noise the limit may be infinite, and 0 times infinity would be NaN.
-        unit = jnp.where(setup.noise_multiplier > 0, max_norm, 0)
-        updates, opt_state = optimizer.update(grads, opt_state, params, max_norm=unit)
+        updates, opt_state = optimizer.update(grads, opt_state, params, max_norm=max_norm)
         drawn = jnp.maximum(seen.example_count, 1).astype(jnp.float32)
         scalars = {
             "loss": loss * args.batch / drawn,
