@@ -149,6 +149,8 @@ def clipped_value_and_grad(
 
       Inside `shard_map` and `pmap` each device clips its own examples and results are those over
       all devices (norms and aux: of its own). There the examples of a user must be on one device.
+      Under `jit` with explicit mesh axes each device computes all of what they cannot split: users,
+      and micro-batches that are no multiple of the number of devices.
 
     Raises:
       ValueError: For an argument that may not be; for batch arguments of different lengths,
