@@ -620,7 +620,7 @@ def test_the_benchmark_ends_in_two_tables(monkeypatch, capsys, tmp_path, standar
         assert benchmark.main([*small, "--out", str(tmp_path)]) == 0
         printed = capsys.readouterr().out
         assert benchmark.main([*small, "--every", "1,2"]) == 2
-        assert "`--every` must be one number, got [1, 2]." in capsys.readouterr().err
+        assert "`--every` must be one number, got '1,2'." in capsys.readouterr().err
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
     for row in ("no monitor", "metrics in the step, monitor", "metrics(state)", "record"):
