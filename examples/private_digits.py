@@ -429,7 +429,7 @@ def draw(results: list[Result], picture: Path) -> None:
             fmt=f"C{number}o-", capsize=3, label=name,
         )  # fmt: skip
         fixed = group[0].method.quantile is None
-        for result, shade in zip(group, np.linspace(0.3, 1, len(group)), strict=True):
+        for result, shade in zip(group, np.linspace(1, 0.3, len(group))[::-1], strict=True):
             if not fixed or result is group[-1]:
                 limits.plot(
                     result.history["clip_limit"], f"C{number}", alpha=shade, lw=1.2,
@@ -444,7 +444,7 @@ def draw(results: list[Result], picture: Path) -> None:
     by_epsilon.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
     by_epsilon.minorticks_off()
     limits.set(yscale="log", xlabel="step", ylabel="limit of the norms")
-    by_epsilon.legend(fontsize="small", loc="lower right")
+    by_epsilon.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2)
     limits.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(picture, dpi=100)
 
