@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from .._devices import split_as
 from .._norms import inverse_power_of_two, widen
+from .rule import column
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _ROUNDING = 2.0**-20
@@ -86,9 +87,7 @@ class Dense:
 
     def summed(self, first: jax.Array, second: jax.Array, keep: jax.Array) -> jax.Array:
         """The sum over examples, each scaled."""
-        kept = [
-            x._replace(array=jnp.where(_column(keep, x.array), x.array, 0)) for x in self.inputs
-        ]
+        kept = [x._replace(array=jnp.where(column(keep, x.array), x.array, 0)) for x in self.inputs]
         scaled = _scaled(self.outputs, first, second, keep)
 
         def product(start: Any) -> jax.Array:
@@ -231,7 +230,7 @@ def _near_one(arrays: Sequence[jax.Array]) -> tuple[list[jax.Array], Sequence[ja
     largest = [jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0) for x in wide]
     # A maximum may lose NaN; the array keeps it.
     down = inverse_power_of_two(functools.reduce(jnp.maximum, largest))
-    scaled = [x * _column(down[0], x) * _column(down[1], x) for x in wide]
+    scaled = [x * column(down[0], x) * column(down[1], x) for x in wide]
     return scaled, [1 / factor for factor in down]
 
 
@@ -250,9 +249,5 @@ def _norms(inputs: Any, outputs: jax.Array, undo: Sequence[jax.Array]) -> jax.Ar
 
 
 def _scaled(x: jax.Array, first: jax.Array, second: jax.Array, keep: jax.Array) -> jax.Array:
-    kept = jnp.where(_column(keep, x), x, 0)
-    return kept * _column(second.astype(x.dtype), x) * _column(first.astype(x.dtype), x)
-
-
-def _column(x: jax.Array, like: jax.Array) -> jax.Array:
-    return jnp.expand_dims(x, tuple(range(1, like.ndim)))
+    kept = jnp.where(column(keep, x), x, 0)
+    return kept * column(second, x) * column(first, x)

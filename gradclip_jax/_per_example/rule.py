@@ -210,7 +210,7 @@ def _product(leaf: jax.Array, first: jax.Array, second: jax.Array, keep: jax.Arr
         real, imag = (_product(part, first, second, keep) for part in (leaf.real, leaf.imag))
         return jax.lax.complex(real, imag)
     wide = widen(leaf)
-    kept = jnp.where(_column(keep, wide), wide, 0) * _column(second.astype(wide.dtype), wide)
+    kept = jnp.where(column(keep, wide), wide, 0) * column(second, wide)
     return jnp.tensordot(
         first.astype(wide.dtype),
         kept,
@@ -220,5 +220,7 @@ def _product(leaf: jax.Array, first: jax.Array, second: jax.Array, keep: jax.Arr
     )
 
 
-def _column(x: jax.Array, leaf: jax.Array) -> jax.Array:
-    return x.reshape(x.shape[0], *(1,) * (leaf.ndim - 1))
+def column(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Numbers [examples] in the rank and dtype of `like`, [examples, ...]; booleans stay so."""
+    x = jnp.expand_dims(x, tuple(range(1, like.ndim)))
+    return x if x.dtype == bool else x.astype(like.dtype)

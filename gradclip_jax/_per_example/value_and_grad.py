@@ -34,6 +34,7 @@ from .rule import (
     array_norms,
     check_mask,
     check_max_norm,
+    column,
     equal_shares,
     hold,
     zeros_for,
@@ -486,7 +487,7 @@ def _over_users(clip: _Clipping, batch: Any, real: jax.Array, ids: jax.Array, si
 
     def close(totals: Any, sums: list[jax.Array], numbers: jax.Array, done: jax.Array) -> Any:
         if clip.average_users:
-            sums = [x / _like_column(jnp.maximum(numbers, 1), x) for x in sums]
+            sums = [x / column(jnp.maximum(numbers, 1), x) for x in sums]
         here = done & (numbers > 0)
         totals, held = clip.add(totals, jax.tree.structure(clip.params).unflatten(sums), here)
         return totals, (here, held.above, held.nonfinite, held.norms)
@@ -502,7 +503,7 @@ def _over_users(clip: _Clipping, batch: Any, real: jax.Array, ids: jax.Array, si
             jax.ops.segment_sum, segment_ids=user, num_segments=size + 1, indices_are_sorted=True
         )
         leaves = [widen(leaf) for leaf in jax.tree.leaves(grads)]
-        kept = [jnp.where(_like_column(real, leaf), leaf, 0) for leaf in leaves]
+        kept = [jnp.where(column(real, leaf), leaf, 0) for leaf in leaves]
         pairs = zip(kept, open_sums, strict=True)
         sums = [by_user(leaf).at[0].add(carried) for leaf, carried in pairs]
         numbers = by_user(real.astype(jnp.int32)).at[0].add(open_number)
@@ -537,8 +538,3 @@ def _scan(step: Callable[..., Any], start: Any, rows: Any) -> tuple[Any, Any]:
 
 def _total(values: jax.Array, real: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(real, widen(values), 0))
-
-
-def _like_column(x: jax.Array, leaf: jax.Array) -> jax.Array:
-    column = x.reshape(x.shape[0], *(1,) * (leaf.ndim - 1))
-    return column if column.dtype == bool else column.astype(leaf.dtype)
