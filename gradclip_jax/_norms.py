@@ -350,7 +350,7 @@ def _norms_of_groups(leaves, *, dims, along, groups, order, together):
         jax.lax.psum,
         jnp.add,
     )
-    roots = [_safe_power(total, 1 / order) for total in sums]
+    roots = [safe_power(total, 1 / order) for total in sums]
     # Not `root / first / second`: XLA makes that `root / (first * second)`, which overflows.
     return [
         root * (1 / first) * (1 / second)
@@ -472,7 +472,7 @@ def _root(total: jax.Array, scale: jax.Array) -> jax.Array:
     """The norm from a sum of `_exact_sums`."""
     safe = _SafeRange(total.dtype)
     # Not a quotient: XLA makes `a / (root / scale)` of it `a * scale / root`, which overflows.
-    return _safe_power(total, 0.5) * jnp.where(
+    return safe_power(total, 0.5) * jnp.where(
         scale < 1, safe.up, jnp.where(scale > 1, safe.down, 1.0)
     ).astype(total.dtype)
 
@@ -493,7 +493,7 @@ def norms_of_examples(x: jax.Array) -> jax.Array:
 def _root_of_bins(bins: jax.Array) -> jax.Array:
     """Norms from the sums of `_bins`: the bin of the largest scale, and what its neighbour adds."""
     safe = _SafeRange(bins.dtype)
-    small, plain, large = (_safe_power(bins[i], 0.5) for i in range(3))
+    small, plain, large = (safe_power(bins[i], 0.5) for i in range(3))
     return jnp.where(
         large != 0,
         _joint(large, plain * safe.down) * safe.up,
@@ -571,7 +571,7 @@ def inverse_power_of_two(norm: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.ldexp(one, -half), jnp.ldexp(one, half - exponent)
 
 
-def _safe_power(x: jax.Array, exponent: float) -> jax.Array:
+def safe_power(x: jax.Array, exponent: float) -> jax.Array:
     """`x ** exponent` for x >= 0, with derivative 0 at 0; NaN stays NaN (`x > 0` would hide it)."""
     inside = jnp.where(x != 0, x, 1)
     power = jnp.sqrt(inside) if exponent == 0.5 else inside**exponent

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from .._devices import split_as
-from .._norms import inverse_power_of_two, widen
+from .._norms import inverse_power_of_two, safe_power, widen
 from .rule import column
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -244,8 +244,7 @@ def _norms(inputs: Any, outputs: jax.Array, undo: Sequence[jax.Array]) -> jax.Ar
     most = jnp.sum(lengths[0] * lengths[1], axis=1)
     # Terms of both signs may cancel, so that what is left is rounding.
     safe = jnp.where(squares > 0, squares, 0 * squares) + _ROUNDING * most * most
-    norms = jnp.where(safe != 0, jnp.sqrt(jnp.where(safe != 0, safe, 1)), 0)
-    return functools.reduce(jnp.multiply, undo, norms)
+    return functools.reduce(jnp.multiply, undo, safe_power(safe, 0.5))
 
 
 def _scaled(x: jax.Array, first: jax.Array, second: jax.Array, keep: jax.Array) -> jax.Array:
