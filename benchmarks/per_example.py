@@ -22,6 +22,7 @@ from harness import Spread, digits, ratios
 import gradclip_jax
 
 CLASSES, MAX_NORM = 10, 1.0
+PRIVACY = "jax_privacy.clipping"
 TEXT = """\
 The sum of the gradients of a batch in float32, each clipped to norm 1. The micro-batch is how many
 gradients exist at one time. Memory is what the compiled program allocates beside arguments and
@@ -210,9 +211,10 @@ def with_jax_privacy(network: Network, module: Any, microbatch: int | None) -> C
     )
 
 
-def cases_of(network: Network, batch: int, microbatch: int, nnx: Any, privacy: Any) -> Any:
+def cases_of(
+    network: Network, weights: Any, batch: int, microbatch: int, nnx: Any, privacy: Any
+) -> list[Case]:
     """Name, micro-batch, function and weights; jax-privacy takes only what divides the batch."""
-    weights = weights_of(network)
     graph, state = nnx.split(network.layers(nnx, network.width)) if nnx else (None, None)
     cases: list[Case] = []
     for size in dict.fromkeys((min(microbatch, batch), batch)):
@@ -229,18 +231,20 @@ def cases_of(network: Network, batch: int, microbatch: int, nnx: Any, privacy: A
     return cases
 
 
-def rows_of(network: Network, batch: int, args: argparse.Namespace, privacy: Any) -> Any:
+def rows_of(
+    network: Network, weights: Any, batch: int, microbatch: int, args: argparse.Namespace
+) -> Any:
     """The rows of one network and batch."""
     data = examples(network, batch)
     programs, runs = {}, {}
-    microbatch = harness.number("--microbatch", args.microbatch)
-    found = cases_of(network, batch, microbatch, harness.peer("flax.nnx"), privacy)
-    for library, size, function, weights in found:
+    peers = harness.peer("flax.nnx"), harness.peer(PRIVACY)
+    found = cases_of(network, weights, batch, microbatch, *peers)
+    for library, size, function, given in found:
         harness.progress(network.title(), f"batch {batch}", library, f"micro-batch {size}")
-        program = harness.compiled(function, weights, *data)
+        program = harness.compiled(function, given, *data)
         programs[library, size] = program
-        runs[f"{library} {size}"] = functools.partial(program.run, weights, *data)
-    copies = sum(leaf.nbytes for leaf in jax.tree.leaves(weights_of(network)))
+        runs[f"{library} {size}"] = functools.partial(program.run, given, *data)
+    copies = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     times = harness.interleaved(runs, rounds=args.rounds, seconds=args.seconds)
     for (library, size), program in programs.items():
         of_case = times[f"{library} {size}"]
@@ -269,14 +273,17 @@ def measure(args: argparse.Namespace) -> str:
     if args.width is not None:
         width = harness.number("--width", args.width)
         networks = [network._replace(width=width) for network in networks]
-    privacy = harness.peer("jax_privacy.clipping")
+    microbatch = harness.number("--microbatch", args.microbatch)
     parts = [TEXT.format(rounds=args.rounds)]
-    if privacy is None:
+    if harness.peer(PRIVACY) is None:
         parts.append("jax-privacy: not installed, skipped.\n\n")
     header = ("batch", "micro-batch", "library", "memory (weights)", "ms", "ratio to ours")
     for network in networks:
-        count = sum(leaf.size for leaf in jax.tree.leaves(weights_of(network)))
-        rows = [row for batch in batches for row in rows_of(network, batch, args, privacy)]
+        weights = weights_of(network)
+        count = sum(leaf.size for leaf in jax.tree.leaves(weights))
+        rows = [
+            row for batch in batches for row in rows_of(network, weights, batch, microbatch, args)
+        ]
         parts.append(f"### A network with {network.title()}, {count:,} weights\n\n")
         parts.append(harness.table(header, rows) + "\n")
     return "".join(parts).rstrip("\n") + "\n"
