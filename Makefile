@@ -58,15 +58,15 @@ docs: $(VENV)/.dev  ## build the documentation into build/site
 	@echo "The site is build/site/index.html."
 
 reference:  ## say how to make the reference numbers anew (by hand)
-	@echo "The numbers in tests/reference/*.json are made by hand. Those of other frameworks, with them:"
+	@echo "The numbers in tests/library/reference/*.json are made by hand. Those of other frameworks, with them:"
 	@echo
 	@echo "  python3 -m venv .venv-reference"
 	@echo "  .venv-reference/bin/pip install torch tensorflow-cpu keras 'jax==0.10.2' 'optax==0.2.8'"
-	@echo "  .venv-reference/bin/python tests/reference/make_reference.py"
+	@echo "  .venv-reference/bin/python tests/library/reference/make_reference.py"
 	@echo
 	@echo "What optax does to the hard cases, in the environment of the tests:"
 	@echo
-	@echo "  $(BIN)/python tests/reference/optax_behaviour.py"
+	@echo "  $(BIN)/python tests/library/reference/optax_behaviour.py"
 
 clean:  ## remove the environments, the caches and the demo's output
 	rm -rf .venv .venv-* demo build dist .hypothesis .pytest_cache .ruff_cache *.egg-info

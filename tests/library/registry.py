@@ -1,7 +1,7 @@
 """All strategies, each with what a reference in NumPy needs to know of it.
 
 A new strategy is tested by the laws as soon as it stands here. To see what the laws say of optax:
-`CLIP_LIBRARY=optax python -m pytest tests/test_laws.py`.
+`CLIP_LIBRARY=optax python -m pytest tests/library/test_laws.py`.
 """
 
 import functools

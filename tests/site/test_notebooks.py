@@ -1,15 +1,13 @@
 """The notebooks run, and their twins show what they print."""
 
 import re
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-sys.path.insert(0, str(NOTEBOOKS))
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 import execute  # noqa: E402
 

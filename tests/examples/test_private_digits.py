@@ -4,20 +4,15 @@ import argparse
 import functools
 import gzip
 import shutil
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import private_digits
 import pytest
 from dp_accounting import dp_event, rdp
 from flax import nnx
-from scipy.stats import binom
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import private_digits
 from private_digits import (
     Convolutional,
     Method,
@@ -27,6 +22,7 @@ from private_digits import (
     load_images,
     main,
 )
+from scipy.stats import binom
 
 import gradclip_jax
 

@@ -1,19 +1,14 @@
 """The speech example: its files, its features, the loss against all paths, and a whole run."""
 
 import itertools
-import sys
 import wave
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 import speech
+from flax import nnx
 from shared.audio import (
     BANDS,
     Batch,

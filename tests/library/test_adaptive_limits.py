@@ -1,8 +1,6 @@
-"""What the page on adaptive limits says, and every adaptive clip on streams of 300 steps."""
+"""Every adaptive clip on streams of 300 steps."""
 
 import functools
-import importlib
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +11,6 @@ import pytest
 from test_recurrences import numpy_ema, stream
 
 import gradclip_jax
-
-DOCS = Path(__file__).parent.parent / "docs"
 
 # Each program runs once, and compiling it takes longer than running it.
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -30,31 +26,6 @@ def scanned(clip, grads):
         return jax.lax.scan(lambda state, x: clip.update(x, state)[::-1], start, grads)
 
     return run(grads)
-
-
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(DOCS))
-    return importlib.import_module("adaptive_limits")
-
-
-def test_the_page_shows_what_the_script_prints_and_draws(script, tmp_path, capsys):
-    assert script.main(["--out", str(tmp_path)]) == 0
-    page = (DOCS / "adaptive_limits.md").read_text()
-    assert capsys.readouterr().out in page
-    drawn = sorted(path.name for path in tmp_path.iterdir())
-    assert drawn == sorted(path.name for path in (DOCS / "images").iterdir())
-    for name in drawn:
-        assert f"(images/{name})" in page
-        assert 5_000 < (tmp_path / name).stat().st_size < 80_000
-
-
-def test_a_directory_that_cannot_be_written_is_named(script, tmp_path, capsys):
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match="2"):
-        script.main(["--out", str(tmp_path / "file")])
-    rule = f"`--out` must be a directory that can be written, got {tmp_path / 'file'}: File exists."
-    assert rule in capsys.readouterr().err
 
 
 def test_all_limits_joined_continue_bit_for_bit_through_orbax(tmp_path):

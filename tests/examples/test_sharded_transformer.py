@@ -15,21 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sharded_transformer
 from conftest import make_mesh
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
+from shared.checkpoints import checksum
+from shared.parallel import STYLES, Style
+from shared.transformer import next_token_loss
 
 import gradclip_jax
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import sharded_transformer  # noqa: E402
-from shared.checkpoints import checksum  # noqa: E402
-from shared.parallel import STYLES, Style  # noqa: E402
-from shared.transformer import next_token_loss  # noqa: E402
-
-SCRIPT = str(ROOT / "examples" / "sharded_transformer.py")
+ROOT = Path(__file__).parents[2]
+SCRIPT = sharded_transformer.__file__
 SIZES = ["--layers", "1", "--units", "16", "--heads", "2", "--context", "8", "--batch", "16"]
 SIZES = [*SIZES, "--dtype", "float32"]
 

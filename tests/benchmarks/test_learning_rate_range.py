@@ -1,22 +1,16 @@
 """The benchmark of learning rates: scores, corrupted batches, and how it goes on."""
 
-import importlib
 import json
 import math
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import learning_rate_range as benchmark
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 from matplotlib.figure import Figure
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-benchmark = importlib.import_module("learning_rate_range")
 
 
 class Bigram(nnx.Module):

@@ -1,17 +1,13 @@
 """No forecast sees the future, scores are right, and a run continues with its best network."""
 
 import signal
-import sys
 from pathlib import Path
 
+import forecasting
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import forecasting
 from forecasting import QUANTILES, Series, forecast_ets, forecast_naive, score, windows
 
 

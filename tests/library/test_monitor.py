@@ -1,10 +1,7 @@
 """The monitor: what it keeps, which alerts it raises, and that a healthy run raises none."""
 
-import importlib
 import math
-import sys
 import warnings
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +11,13 @@ import pytest
 from conftest import make_mesh
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from shared.model import LanguageModel
 
 import gradclip_jax
 from gradclip_jax import ClipWarning, Monitor, metrics, suggest_max_norm
 from gradclip_jax._monitor import monitor as monitor_module
 from gradclip_jax._monitor.conditions import theil_sen
 from gradclip_jax._monitor.fetch import Fetch
-
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
 
 def clipped_run(norms, limit):
@@ -479,14 +474,13 @@ def language_model():
 
     `scales` multiply the loss of each step. All runs are one program.
     """
-    shared = importlib.import_module("shared.model")
     draw = np.random.default_rng(0)
     words = ["".join(draw.choice(list("abcdefgh"), draw.integers(2, 5))) for _ in range(20)]
     text = " ".join(draw.choice(words, 1 + STEPS * TIME * BATCH))
     tokens = np.array([" abcdefgh".index(letter) for letter in text])[: STEPS * TIME * BATCH + 1]
     pieces = tokens[:-1].reshape(BATCH, STEPS, TIME), tokens[1:].reshape(BATCH, STEPS, TIME)
     inputs, targets = (jnp.asarray(piece.transpose(1, 2, 0)) for piece in pieces)
-    model = shared.LanguageModel(9, "lstm", 1, UNITS, 0.0, rngs=nnx.Rngs(0))
+    model = LanguageModel(9, "lstm", 1, UNITS, 0.0, rngs=nnx.Rngs(0))
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(params, carry, inputs, targets):
@@ -606,22 +600,3 @@ def test_the_docstring_names_every_kind_of_alert():
         assert f"`{kind}`" in (gradclip_jax.Alert.__doc__ or "")
     for column in monitor_module.COLUMNS:
         assert f"`{column}`" in (Monitor.history.__doc__ or "")
-
-
-# --- the benchmark ---
-
-
-def test_the_benchmark_ends_in_two_tables(monkeypatch, capsys, tmp_path, standard_promotion):
-    benchmark = importlib.import_module("monitor_cost")
-    monkeypatch.setattr(benchmark.harness, "PAUSE", 0)
-    monkeypatch.setattr(benchmark, "CALLS", 3)
-    small = ["--units", "4", "--batch", "2", "--unroll", "3", "--every", "2", "--rounds", "1"]
-    try:
-        assert benchmark.main([*small, "--out", str(tmp_path)]) == 0
-        printed = capsys.readouterr().out
-        assert benchmark.main([*small, "--every", "1,2"]) == 2
-        assert "`--every` must be one number, got '1,2'." in capsys.readouterr().err
-    finally:
-        jax.config.update("jax_enable_compilation_cache", True)
-    for row in ("no monitor", "metrics in the step, monitor", "metrics(state)", "record"):
-        assert f"\n| {row} |" in printed

@@ -4,21 +4,17 @@ import argparse
 import itertools
 import signal
 import struct
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import polyphonic_music as music
 import pytest
 import scipy.io
 from flax import nnx
 
 import gradclip_jax
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import polyphonic_music as music
 
 SMALL = music.SIGMOID._replace(units=4, length=6, batch=4)
 

@@ -4,20 +4,19 @@ import importlib
 import itertools
 import math
 import re
-import sys
 from pathlib import Path
 
+import harness
 import jax
 import jax.numpy as jnp
+import monitor_cost
 import numpy as np
 import pytest
 from registry import public_strategies
 
 import gradclip_jax
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-harness = importlib.import_module("harness")
+ROOT = Path(__file__).parents[2]
 SCRIPTS = {
     name: importlib.import_module(name)
     for name in (
@@ -317,3 +316,17 @@ def test_scaling_is_drawn_also_where_noise_hid_what_a_clip_adds(of_adamw, of_sgd
     file = tmp_path / "scaling.png"
     scaling.draw({("AdamW", 10): times(of_adamw), ("SGD", 10): times(of_sgd)}, file)
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_cost_of_the_monitor_ends_in_two_tables(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(monitor_cost, "CALLS", 3)
+    small = ["--units", "4", "--batch", "2", "--unroll", "3", "--every", "2", "--rounds", "1"]
+    try:
+        assert monitor_cost.main([*small, "--out", str(tmp_path)]) == 0
+        printed = capsys.readouterr().out
+        assert monitor_cost.main([*small, "--every", "1,2"]) == 2
+        assert "`--every` must be one number, got '1,2'." in capsys.readouterr().err
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+    for row in ("no monitor", "metrics in the step, monitor", "metrics(state)", "record"):
+        assert f"\n| {row} |" in printed

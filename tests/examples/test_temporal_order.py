@@ -1,15 +1,9 @@
 """Temporal order: the sequences, Ω and its gradient, and all runs in one vmapped program."""
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 import temporal_order
 
 

@@ -17,18 +17,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import language_model
 import numpy as np
 import pytest
 from flax import nnx
+from shared import data, dialogues, model as lm_model, recurrent, run as lm_run
 from tensorboardX.proto import event_pb2
 
 import gradclip_jax
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import language_model  # noqa: E402
-from shared import data, dialogues, model as lm_model, recurrent, run as lm_run  # noqa: E402
 
 WORDS = ["the", "norm", "of", "a", "gradient", "is", "held", "to", "its", "limit", "at", "each"]
 
@@ -397,7 +393,7 @@ def test_an_interrupted_run_continues_bit_for_bit(text, monkeypatch):
 def test_a_killed_process_continues_bit_for_bit(text):
     more = ["--dropout", "0.3", "--checkpoint-every", "10"]
     command = options(text, *more, steps=80)
-    script = str(EXAMPLES / "language_model.py")
+    script = language_model.__file__
     # The package as this process found it, wherever that is.
     package = str(Path(gradclip_jax.__file__).parents[1])
     process = subprocess.Popen(

@@ -1,7 +1,6 @@
 """What all examples share: a loop that continues bit for bit, and refusals in one line."""
 
 import signal
-import sys
 from pathlib import Path
 
 import jax
@@ -9,13 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
-import gradclip_jax
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 from shared.command_line import InputError, command_line, run
 from shared.loop import train
+
+import gradclip_jax
 
 OPTIMIZER = optax.chain(gradclip_jax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
 

@@ -2,18 +2,14 @@
 
 import os
 import pickle
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 import resnet_agc
+from flax import nnx
 from resnet_agc import Block, Conv, ResNet, draw_batch, load_images, main
 
 

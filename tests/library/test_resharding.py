@@ -1,23 +1,18 @@
 """A clip moves norms between devices, and never a gradient: what is split stays where it is."""
 
-import importlib
-import sys
 from collections import Counter
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from collectives import collectives
 from conftest import make_mesh
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from registry import STRATEGIES
 
 import gradclip_jax
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-collectives = importlib.import_module("collectives").collectives
 
 # Sizes that no axis divides (3, 5, 7) stand wherever the layout allows them.
 LEAVES = {

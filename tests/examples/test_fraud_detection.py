@@ -1,15 +1,11 @@
 """The detector's cards are what they claim, its scores are right, and a bad config is refused."""
 
 import json
-import sys
 from pathlib import Path
 
+import fraud_detection
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import fraud_detection
 from fraud_detection import PATTERNS, Cards, aggregates, generate, reliability, sequences
 from shared.command_line import InputError
 

@@ -17,7 +17,7 @@ import pytest
 
 import gradclip_jax
 
-PAGE = Path(__file__).parent.parent / "docs" / "playground"
+PAGE = Path(__file__).parents[2] / "docs" / "playground"
 CHROMIUM = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
 needs_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 

@@ -4,17 +4,13 @@ import argparse
 import json
 import math
 import signal
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 import ppo_cartpole
+import pytest
 from ppo_cartpole import GAE_LAMBDA, GAMMA, Batch, advantages, main, ppo_loss, step_pole
 
 

@@ -17,7 +17,7 @@ from test_layers import LAYERS
 
 import gradclip_jax
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PUBLIC = [
     name
@@ -247,8 +247,9 @@ def newcomer(tmp_path) -> Path:
     """A copy of what is needed, in which the page was followed."""
     cache = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "gradclip_jax", tmp_path / "gradclip_jax", ignore=cache)
-    (tmp_path / "tests").mkdir()
-    for name in ("pyproject.toml", "tests/conftest.py", "tests/registry.py", "tests/test_laws.py"):
+    (tmp_path / "tests" / "library").mkdir(parents=True)
+    library = [f"tests/library/{name}.py" for name in ("registry", "test_laws")]
+    for name in ("pyproject.toml", "tests/conftest.py", *library):
         shutil.copyfile(ROOT / name, tmp_path / name)
     for file, beside, marked, body in blocks():
         if not beside:

@@ -1,0 +1,23 @@
+"""What docstrings show runs, and prints what they say."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import gradclip_jax
+
+MODULES = [name for _, name, _ in pkgutil.walk_packages(gradclip_jax.__path__, "gradclip_jax.")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings_run(name, standard_promotion):
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.failed == 0
+
+
+def test_public_functions_have_an_example():
+    for name, value in vars(gradclip_jax).items():
+        if callable(value) and not isinstance(value, type):
+            assert ">>>" in (value.__doc__ or ""), f"{name} shows no example"
