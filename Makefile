@@ -72,12 +72,12 @@ clean:  ## remove the environments, the caches and the demo's output
 	rm -rf .venv .venv-* demo build dist .hypothesis .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A stamp in the environment says what is installed; a change of pyproject.toml installs again.
-$(VENV)/.examples: extras = examples
-$(VENV)/.dev: extras = dev,examples
-$(VENV)/.examples $(VENV)/.dev: pyproject.toml | $(VENV)/.made
-	@echo "Installing gradclip-jax[$(extras)] into $(VENV); the first time takes a few minutes."
-	@$(PIP) install -qq -e '.[$(extras)]' $(PINS)
+# A stamp in the environment says which dependency group is installed; a change of pyproject.toml
+# installs it again. pip knows groups from 25.1 on.
+$(VENV)/.test $(VENV)/.examples $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/.made
+	@echo "Installing gradclip-jax and the group $* into $(VENV); the first time takes a few minutes."
+	@$(PIP) install -qq 'pip>=25.1'
+	@$(PIP) install -qq -e . --group $* $(PINS)
 	@touch $@
 
 $(VENV)/.made:
