@@ -1,5 +1,7 @@
 """Gradient clipping for JAX and Optax: a limit on a norm, right on every device."""
 
+import importlib.metadata as _metadata
+
 from ._backward import clip_cotangent as clip_cotangent
 from ._clip import ClipState as ClipState, clip_to_limit as clip_to_limit
 from ._guards import (
@@ -91,4 +93,7 @@ from ._strategies.spectral_clip import (
 )
 from ._strategies.zclip import zclip as zclip
 
-__version__ = "0.1.0"
+try:
+    __version__ = _metadata.version("gradclip-jax")
+except _metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
+    __version__ = "0+unknown"
