@@ -1,4 +1,4 @@
-"""Eight CPU devices, strict dtype promotion, and meshes over the devices."""
+"""Eight CPU devices, no promotion of dtypes or ranks that is not written, and meshes."""
 
 import os
 
@@ -11,13 +11,14 @@ FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_coun
 # Most of the time goes into compiling programs that run once. These make it a fifth (jax 0.10.2) to
 # a half (0.12); `OPTIMIZED=1` compiles as XLA does by default. `.ci/run` tests both.
 if os.environ.get("OPTIMIZED", "0") == "0":
-    FLAGS.append("--xla_backend_optimization_level=0")
+    FLAGS += ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
     if jax.__version__.startswith("0.10."):  # later ones do not know it
         FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 os.environ.setdefault("MPLBACKEND", "agg")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 # What jax 0.10.0 and 0.10.1 cannot do themselves, each with its reason beside it.
@@ -50,6 +51,6 @@ def x64():
 
 @pytest.fixture
 def standard_promotion():
-    """Implicit dtype promotion for the length of a test: some optax optimizers need it."""
-    with jax.numpy_dtype_promotion("standard"):
+    """Implicit promotion of dtypes and ranks for a test, as in a program of a user."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield

@@ -48,7 +48,7 @@ def median(k: Threshold = 5.0, *, window: int = 128) -> Limit:
 
     def update(norm: jax.Array, norms: jax.Array) -> tuple[jax.Array, jax.Array]:
         middle = percentile_of(norms, 50)
-        deviation = percentile_of(jnp.abs(norms - middle), 50)
+        deviation = percentile_of(jnp.abs(norms - middle[None]), 50)
         sigma = jnp.maximum(SIGMA_OF_MAD * deviation, LEAST_SIGMA * middle)
         limit = middle + jnp.asarray(k).astype(norm.dtype) * sigma
         return jnp.where(is_full(norms), limit, jnp.inf), entered(norms, norm)

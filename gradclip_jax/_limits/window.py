@@ -45,7 +45,7 @@ def percentile_of(values: jax.Array, percentile: Any) -> jax.Array:
 
     def at(rank: jax.Array) -> jax.Array:
         # Not a gather, which asks of explicitly split arrays how its result is split.
-        return jnp.sum(jnp.where(index == rank, ranked, 0), axis=0)
+        return jnp.sum(jnp.where(index == rank[None], ranked, 0), axis=0)
 
     low, high = at(below), at(jnp.minimum(below + 1, last))
     # Rounding must not carry it above the value that it lies below.

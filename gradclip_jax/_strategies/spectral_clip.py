@@ -280,8 +280,7 @@ def _by_newton_schulz(
     # What the rounding of A hides would be a negative eigenvalue, from which the steps diverge.
     hidden = 4 * math.sqrt(x.shape[-2]) * jnp.finfo(top.dtype).eps
     least = jnp.maximum((first * second) ** 2, hidden)
-    one = jnp.eye(x.shape[-2], dtype=gram.dtype)
-    a = _times(one, least) + _times(gram, (1 - least) / bound)
+    a = _times(_identities(gram), least) + _times(gram, (1 - least) / bound)
     root = _inverse_root(a, jax.lax.stop_gradient(least), iterations)
     held = _times(product(root, near), up[0] * second * first, up[1])
     return (jnp.swapaxes(held, -1, -2) if is_tall else held), top
@@ -293,7 +292,7 @@ def _inverse_root(a: jax.Array, least: jax.Array, iterations: int) -> jax.Array:
     Y and Z go to the root of A and its inverse. The eigenvalues of Z Y go to 1: with w their
     root, w to r w (3 - r^2 w^2) / 2, where r makes the most of all w being at least `low`.
     """
-    three = 3 * jnp.eye(a.shape[-1], dtype=a.dtype)
+    three = 3 * _identities(a)
 
     def step(_, carry):
         y, z, low = carry
@@ -301,8 +300,14 @@ def _inverse_root(a: jax.Array, least: jax.Array, iterations: int) -> jax.Array:
         t = _times(three - _times(product(z, y), r * r), r / 2)
         return product(y, t), product(t, z), jnp.minimum(r * low * (3 - r * r * low * low) / 2, 1)
 
-    one = varying_like(jnp.broadcast_to(three / 3, a.shape), a)
+    one = varying_like(_identities(a), a)
     return jax.lax.fori_loop(0, iterations, step, (a, one, jnp.sqrt(least)))[1]
+
+
+def _identities(x: jax.Array) -> jax.Array:
+    """An identity matrix for each square matrix in the stack `x`."""
+    eye = jnp.eye(x.shape[-1], dtype=x.dtype)
+    return jnp.broadcast_to(jnp.expand_dims(eye, tuple(range(x.ndim - 2))), x.shape)
 
 
 def _times(x: jax.Array, *numbers: jax.Array) -> jax.Array:

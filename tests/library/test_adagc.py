@@ -31,7 +31,8 @@ def run(clip, norms, state=None):
     """Norms as clipped, levels after each step, updates and the last state."""
     unit = {"a": jnp.array([0.6, 0.8]), "b": jnp.array([[1.0, 0.0, 0.0]])}
     grads = {
-        key: jnp.asarray(norms[key], jnp.float32).reshape(-1, *[1] * unit[key].ndim) * unit[key]
+        key: jnp.asarray(norms[key], jnp.float32).reshape(-1, *[1] * unit[key].ndim)
+        * unit[key][None]
         for key in norms
     }
     state = clip.init({key: unit[key] for key in norms}) if state is None else state

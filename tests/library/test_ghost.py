@@ -255,7 +255,7 @@ def test_ghosts_of_recurrent_networks():
 
     def apply(model, x):
         x = model.before(x)
-        time, carry = jnp.arange(1.0, 4.0)[:, None], jnp.full((1, 8), 0.1)
+        time, carry = jnp.arange(1.0, 4.0)[None, :, None], jnp.full((1, 8), 0.1)
         rngs = nnx.RngStream(0, tag="carry")
         yield time * model.both(x, initial_carry=(carry, carry), rngs=rngs)
         yield model.lstm(jnp.swapaxes(time * x, 0, 1), initial_carry=(carry, carry))

@@ -55,7 +55,7 @@ def params_of(dtype=jnp.float32):
 
 def loss(params, x, y):
     """A loss of a batch."""
-    return ((jnp.tanh(x @ params["layer"]["w"]) + params["b"] - y) ** 2).sum(-1).mean()
+    return ((jnp.tanh(x @ params["layer"]["w"]) + params["b"][None] - y) ** 2).sum(-1).mean()
 
 
 def of_module(model, x, y):
@@ -214,7 +214,7 @@ def test_the_mean_divides_by_the_examples_that_count_or_by_a_fixed_number():
 
 def test_several_arguments_and_what_the_loss_returns_beside_its_value():
     def with_aux(x, scale, w, *, power):
-        out = ((x * w).sum() * scale) ** power
+        out = ((x @ w).sum() * scale) ** power
         return out, {"out": out, "index": x.shape[0]}
 
     x = data()[0]
@@ -242,7 +242,7 @@ def test_an_example_may_be_a_batch_itself():
 
 def test_keys_are_batched_as_examples_are():
     def noisy(w, x, key):
-        return (w * x * jax.random.normal(key[0])).sum()
+        return (x @ w).sum() * jax.random.normal(key[0])
 
     keys = jax.random.split(jax.random.key(0), BATCH)
     x = data()[0]
