@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,8 +99,7 @@ def spectral_clip(
     Parameters*, 2026, https://arxiv.org/abs/2605.11838. We depart in vectors, which SPECTRA leaves
     alone.
     """
-    change = functools.partial(_by_decomposition, response=response)
-    return _of_matrices(max_norm, change, response, axis_name, on_nonfinite)
+    return _of_matrices(max_norm, _by_decomposition, response, response, axis_name, on_nonfinite)
 
 
 @named_strategy
@@ -160,18 +160,24 @@ def soft_spectral_clip(
     paper gives to the updates behind an optimizer (chain it there, and pass a schedule).
     """
     iterations = check_whole_number("iterations", iterations)
-    change = functools.partial(_by_newton_schulz, iterations=iterations)
-    return _of_matrices(max_norm, change, smooth_sqrt, axis_name, on_nonfinite)
+    return _of_matrices(
+        max_norm, _by_newton_schulz, iterations, smooth_sqrt, axis_name, on_nonfinite
+    )
 
 
 def _of_matrices(
     max_norm: Threshold,
     change: Callable[..., tuple[jax.Array, jax.Array]],
+    option: Any,
     response: Response,
     axis_name: AxisName,
     on_nonfinite: OnNonfinite,
 ) -> optax.GradientTransformationExtraArgs:
-    """A clip of singular values; `change` does it to a stack of matrices and measures them."""
+    """A clip of singular values; `change` does it to a stack of matrices and measures them.
+
+    Its option is handed on apart: two partials are never equal, and each clip would be compiled
+    anew where it is called eagerly.
+    """
     limit = constant(check_threshold("max_norm", max_norm))
     check_on_nonfinite(on_nonfinite)
 
@@ -193,6 +199,7 @@ def _of_matrices(
             jax.tree.leaves(norms),
             value,
             change=change,
+            option=option,
             response=response,
             on_nonfinite=on_nonfinite,
         )
@@ -211,8 +218,10 @@ def _of_matrices(
 
 
 # Called eagerly this is one cached program for each tree structure; inside a trace it inlines.
-@functools.partial(jax.jit, static_argnames=("change", "response", "on_nonfinite"), inline=True)
-def _held(leaves, norms, limit, *, change, response, on_nonfinite):
+@functools.partial(
+    jax.jit, static_argnames=("change", "option", "response", "on_nonfinite"), inline=True
+)
+def _held(leaves, norms, limit, *, change, option, response, on_nonfinite):
     """Held leaves; largest singular value, limit and factor of each matrix; two flags."""
     fill = jnp.nan if on_nonfinite == "propagate" else 0.0
     held, tops, limits, of_tops = [], [], [], []
@@ -228,8 +237,9 @@ def _held(leaves, norms, limit, *, change, response, on_nonfinite):
         else:
             wide = jnp.where(finite, widen(x), 0)
             needs = finite & (first * second != 1)
+            by = functools.partial(change, option)
             changed, top = jax.lax.cond(
-                jnp.any(needs), change, lambda x, norm, _: (x, norm), wide, norm, most
+                jnp.any(needs), by, lambda x, norm, _: (x, norm), wide, norm, most
             )
             top = jnp.where(needs, top, norm)
             result = jnp.where(finite, jnp.where(needs, changed, wide), fill).astype(x.dtype)
@@ -244,7 +254,7 @@ def _held(leaves, norms, limit, *, change, response, on_nonfinite):
 
 
 def _by_decomposition(
-    x: jax.Array, norm: jax.Array, limit: jax.Array, *, response: Response
+    response: Response, x: jax.Array, norm: jax.Array, limit: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Each singular value times its factor; and the largest."""
     down = powers_near(norm)
@@ -257,7 +267,7 @@ def _by_decomposition(
 
 
 def _by_newton_schulz(
-    x: jax.Array, norm: jax.Array, limit: jax.Array, *, iterations: int
+    iterations: int, x: jax.Array, norm: jax.Array, limit: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(I + X X^T / c^2)^(-1/2) X; and a bound of the largest singular value.
 

@@ -13,6 +13,7 @@ from conftest import make_mesh
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gradclip_jax import clip_by_dual_norm, drop, metrics, smooth_sqrt
+from gradclip_jax._strategies import spectral_clip as spectral_module
 from gradclip_jax._strategies.spectral_clip import soft_spectral_clip, spectral_clip
 
 by_decomposition = functools.partial(spectral_clip, response=smooth_sqrt)
@@ -366,3 +367,15 @@ def test_a_leaf_in_host_memory_stays_there(clip):
     expected, _ = clip.update(updates, clip.init(updates))
     assert result["w"].sharding.memory_kind == "pinned_host"
     chex.assert_trees_all_close(jax.device_get(result), expected, atol=1e-6)
+
+
+@both
+def test_clips_made_anew_share_one_compiled_program(make):
+    """Called eagerly, as each step of a loop without `jit` does."""
+    x = jnp.ones((3, 5))
+    apply_eagerly = make(1.0)
+    apply_eagerly.update(x, apply_eagerly.init(x))
+    programs = spectral_module._held._cache_size()
+    again = make(2.0)
+    again.update(x, again.init(x))
+    assert spectral_module._held._cache_size() == programs
