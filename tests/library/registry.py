@@ -1,7 +1,7 @@
-"""All strategies, each with what a reference in NumPy needs to know of it.
+"""All strategies, each with what a reference in NumPy needs to know of it; and what laws share.
 
 A new strategy is tested by the laws as soon as it stands here. To see what the laws say of optax:
-`CLIP_LIBRARY=optax python -m pytest tests/library/test_laws.py`.
+`CLIP_LIBRARY=optax python -m pytest tests/library -k laws`.
 """
 
 import functools
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -41,6 +42,8 @@ class Strategy:
     drops: bool = False
     units: bool = False
     """Whether groups are smaller than arrays, so that devices must be told what is split."""
+    of_matrices: bool = False
+    """Whether the norm of a group, which is a matrix, is its largest singular value."""
 
     def __str__(self) -> str:
         return self.name
@@ -54,7 +57,16 @@ class Strategy:
 
     def norms(self, tree: Tree) -> list[float]:
         """The norm of each group, in float64."""
+        if self.of_matrices:
+            return [norm for key in sorted(tree) for norm in largest_singular_values(tree[key])]
         return [float(np.linalg.norm(wide(vector), self.order)) for vector in self.vectors(tree)]
+
+    def joint_norm(self, tree: Tree) -> float:
+        """The norm of a whole tree below its limits, as `metrics` has it, in float64."""
+        of_group = [np.linalg.norm(wide(vector), self.order) for vector in self.vectors(tree)]
+        # A clip of elements measures the largest, and one of matrices bounds singular values by
+        # the Frobenius norm as long as that is below the limit.
+        return float(np.linalg.norm(of_group, np.inf if self.groups is elements else 2))
 
     def limits(self, threshold: float, tree: Tree, params: Tree) -> list[float]:
         """The limit of each group."""
@@ -66,6 +78,13 @@ def wide(x: Any) -> np.ndarray:
     """In float64 or complex128."""
     x = np.asarray(x)
     return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+def largest_singular_values(leaf: Any) -> list[float]:
+    """Of each matrix in a stack, in float64; a vector is a matrix of one column."""
+    x = wide(leaf)
+    x = x.reshape(-1, 1) if x.ndim < 2 else x
+    return np.linalg.norm(x, 2, axis=(-2, -1)).ravel().tolist()
 
 
 def everything(tree: Tree) -> dict[str, np.ndarray]:
@@ -108,6 +127,11 @@ def units(tree: Tree, axes: Callable[[np.ndarray], tuple[int, ...]]) -> dict[str
 def all_but_last(leaf: np.ndarray) -> tuple[int, ...]:
     """The default axes of a unit: a vector or scalar is one unit."""
     return tuple(range(leaf.ndim)) if leaf.ndim <= 1 else tuple(range(leaf.ndim - 1))
+
+
+def last_two(leaf: np.ndarray) -> tuple[int, ...]:
+    """The axes of a matrix in a stack; a vector or scalar is one."""
+    return tuple(range(leaf.ndim))[-2:]
 
 
 def rms_limit(threshold: float, elements: np.ndarray, params: np.ndarray) -> float:
@@ -243,6 +267,12 @@ OURS = [
     ),
     Strategy("clip_by_value", gradclip_jax.clip_by_value, elements, argument="limit"),
     Strategy("clip_by_value[pair]", between, elements, argument="upper"),
+    Strategy(
+        "spectral_clip",
+        gradclip_jax.spectral_clip,
+        functools.partial(units, axes=last_two),
+        of_matrices=True,
+    ),
 ]
 
 
@@ -292,6 +322,48 @@ OF_OPTAX = [
 
 LIBRARY = os.environ.get("CLIP_LIBRARY", "gradclip_jax")
 STRATEGIES = {"gradclip_jax": OURS, "optax": OF_OPTAX}[LIBRARY]
+# One of each kind: the engine at global scope, a norm per array, an element, a matrix.
+KINDS = {"clip_by_global_norm", "clip_by_norm", "clip_by_value", "spectral_clip", "clip"}
+FLOOR = [strategy for strategy in STRATEGIES if strategy.name in KINDS]
+# And each order and response of the engine: these have derivatives of their own.
+FORMULAS = [s for s in STRATEGIES if s in FLOOR or s.enlarges or "global_norm" in s.name]
+
+LIMIT = 0.5
+SHAPES = {"kernel": (4, 3), "bias": (3,), "filter": (2, 2, 3, 2), "scale": ()}
+
+
+def normal_tree(seed: int = 0, scale: float = 1.0, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Normal numbers in arrays of rank 0 to 4."""
+    keys = jax.random.split(jax.random.key(seed), len(SHAPES))
+    return {
+        name: (jax.random.normal(key, shape) * scale).astype(dtype)
+        for key, (name, shape) in zip(keys, SHAPES.items(), strict=True)
+    }
+
+
+PARAMS = normal_tree(seed=100)
+
+
+def apply(clip: Any, updates: Any, params: Any = None) -> tuple[Any, Any]:
+    """The first update of a clip, and its state."""
+    params = updates if params is None else params
+    return clip.update(updates, clip.init(params), params)
+
+
+def at(index: int, tree: Any) -> Any:
+    """One entry of each array."""
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def tolerance(*trees: Any) -> float:
+    """A few roundings of the coarsest dtype."""
+    return 4 * max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(trees))
+
+
+def same_avals(a: Any, b: Any) -> bool:
+    """Whether two trees are one to a compiled program."""
+    describe = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype, x.weak_type))
+    return jax.tree.structure(a) == jax.tree.structure(b) and describe(a) == describe(b)
 
 
 def seen(state: Any) -> dict[str, jax.Array]:
