@@ -1,6 +1,7 @@
 """Eight CPU devices, no promotion of dtypes or ranks that is not written, and meshes."""
 
 import os
+from pathlib import Path
 
 import jax
 import pytest
@@ -18,7 +19,6 @@ os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 os.environ.setdefault("MPLBACKEND", "agg")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 # What jax 0.10.0 and 0.10.1 cannot do themselves, each with its reason beside it.
@@ -28,6 +28,14 @@ BEFORE_0_10_2 = tuple(map(int, jax.__version__.split(".")[:3])) < (0, 10, 2)
 def make_mesh(kind: AxisType = AxisType.Auto, **axes: int) -> Mesh:
     """A mesh with axes of these sizes, all of one kind (`make_mesh` alone gives explicit ones)."""
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(kind,) * len(axes))
+
+
+@pytest.fixture(autouse=True)
+def rank_promotion(request):
+    """The library promotes no rank; an example writes `x @ w + b`, as its reader would."""
+    folder = request.path.relative_to(Path(__file__).parent).parts[0]
+    with jax.numpy_rank_promotion("raise" if folder == "library" else "allow"):
+        yield
 
 
 @pytest.fixture
