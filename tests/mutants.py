@@ -1,0 +1,775 @@
+"""Faults that the tests must catch: one line of the library is broken at a time.
+
+Run it by hand, `python tests/mutants.py`, for it takes many minutes. Each fault is put into a copy
+of the package, and the tests of what it touches run until the first that fails. A fault that
+survives is a claim without a test. What caught each fault stands in `mutants.md`.
+
+To compare two suites, save the results of the first and give them to the second:
+
+    python tests/mutants.py --suite old/tests --save before.json
+    python tests/mutants.py --before before.json --out tests/mutants.md
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+MOST_SECONDS = 1800  # a fault may make a test hang
+
+
+class Mutant(NamedTuple):
+    """A fault.
+
+    `old` stands once in `file`, and `new` takes its place. `tests` are stems, the likeliest first:
+    "norms" is every `test_norms.py` below the folder of the suite, "*laws" every `test_*laws.py`.
+    """
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+NORMS = [
+    Mutant(
+        "a missing psum",
+        "_norms.py",
+        "totals = _at_once(functools.partial(collective, axis_name=along.axes), totals)",
+        "totals = list(totals)",
+        ("devices", "hard_cases"),
+    ),
+    Mutant(
+        "pmax for psum of the squares",
+        "_norms.py",
+        "_bins(squares, here, sizes), jax.lax.psum, jnp.add)",
+        "_bins(squares, here, sizes), jax.lax.pmax, jnp.add)",
+        ("devices", "hard_cases"),
+    ),
+    Mutant(
+        "order 1: the larger of two parts over different mesh axes, not their sum",
+        "_norms.py",
+        "return over_devices(moduli, jax.lax.psum, jnp.add)",
+        "return over_devices(moduli, jax.lax.psum, jnp.maximum)",
+        ("devices", "hard_cases", "dual_norm", "norms"),
+    ),
+    Mutant(
+        "order 1: moduli summed in bfloat16",
+        "_norms.py",
+        "return _sum(jnp.abs(widen(x)), dims)",
+        "return _sum(jnp.abs(x), dims)",
+        ("norms", "dual_norm", "*laws"),
+    ),
+    Mutant(
+        "the real part alone for a complex leaf",
+        "_norms.py",
+        "[a.real, a.imag] if jnp.iscomplexobj(a)",
+        "[a.real] if jnp.iscomplexobj(a)",
+        ("norms", "spectral", "*laws"),
+    ),
+    Mutant(
+        "a NaN in an imaginary part that is not seen",
+        "_norms.py",
+        "parts = [x.real, x.imag] if jnp.iscomplexobj(x)",
+        "parts = [x.real] if jnp.iscomplexobj(x)",
+        ("norms", "guards", "elementwise", "dual_norm", "classics", "*laws"),
+    ),
+    Mutant(
+        "integers are scaled and counted",
+        "_norms.py",
+        "jnp.issubdtype(dtype, jnp.inexact)",
+        "jnp.issubdtype(dtype, jnp.number)",
+        ("norms", "spectral", "*laws"),
+    ),
+    Mutant(
+        "a plain sum of squares is believed below the safe range",
+        "_norms.py",
+        "self.least = float(info.tiny) / float(info.eps)",
+        "self.least = float(info.tiny)",
+        ("norms", "ghost", "*laws"),
+    ),
+    Mutant(
+        "scaled up where it must be scaled down",
+        "_norms.py",
+        "jnp.where(plain > self.most, self.down, jnp.where(low, self.up, 1.0))",
+        "jnp.where(plain > self.most, self.up, jnp.where(low, self.down, 1.0))",
+        ("norms",),
+    ),
+    Mutant(
+        "the device with the smaller norms is left out",
+        "_norms.py",
+        "_joint(plain, small * safe.down)",
+        "plain",
+        ("devices", "hard_cases", "norms"),
+    ),
+    Mutant(
+        "a group of leaves has the norm of the other labels",
+        "_norms.py",
+        "if label == name) for name in names)",
+        "if label != name) for name in names)",
+        ("norms", "classics"),
+    ),
+    Mutant(
+        "a unit of a matrix is a row by default",
+        "_norms.py",
+        "return tuple(range(rank - 1)) if rank > 1",
+        "return tuple(range(1, rank)) if rank > 1",
+        ("norms", "*laws"),
+    ),
+    Mutant(
+        "the size of a leaf is that on one device",
+        "_norms.py",
+        "leaf.size * axis_size(reduced_axes(path, leaf, given, None, checked))",
+        "leaf.size",
+        ("devices", "skips", "classics"),
+    ),
+    Mutant(
+        "the root has a derivative of NaN at zero",
+        "_norms.py",
+        "inside = jnp.where(x != 0, x, 1)\n    power",
+        "inside = x\n    power",
+        ("rescale", "windows", "*laws"),
+    ),
+    Mutant(
+        "a replicated leaf is counted on every device",
+        "_devices.py",
+        "axes = axes & split if checked else axes",
+        "axes = frozenset(axes)",
+        ("devices", "hard_cases"),
+    ),
+    Mutant(
+        "a flag of one device alone is not believed",
+        "_devices.py",
+        'sum_over_devices(flags.astype("int32"), axes) > 0',
+        'sum_over_devices(flags.astype("int32"), axes) > 1',
+        ("devices", "hard_cases", "spectral", "windows", "recurrences"),
+    ),
+    Mutant(
+        "pmean for psum of clipped examples",
+        "_devices.py",
+        "return jax.lax.psum(tree, names)",
+        "return jax.lax.pmean(tree, names)",
+        ("per_example", "ghost"),
+    ),
+    Mutant(
+        "a gradient in host memory comes out on the device",
+        "_devices.py",
+        "return _in_place(f, jax.memory.Space.Host, x, *numbers)",
+        "return _in_place(f, jax.memory.Space.Device, x, *numbers)",
+        ("devices", "hard_cases"),
+    ),
+    Mutant(
+        "a gradient that is not averaged is clipped",
+        "_clip.py",
+        "    check_averaged(updates, params)",
+        "    del updates",
+        ("devices", "hard_cases"),
+    ),
+]
+
+RESCALING = [
+    Mutant(
+        ">= for > in `shrink`, so that a norm of 0 at a limit of 0 gives NaN",
+        "_rescale.py",
+        "over = norm > limit",
+        "over = norm >= limit",
+        ("rescale", "*laws"),
+    ),
+    Mutant(
+        ">= for > in `drop`",
+        "_rescale.py",
+        "jnp.where(norm > limit, 0, 1)",
+        "jnp.where(norm >= limit, 0, 1)",
+        ("rescale", "*laws"),
+    ),
+    Mutant(
+        "the wrong sign in the series of tanh",
+        "_rescale.py",
+        "1 - r * jnp.where(tiny, r, 0) / 3",
+        "1 + r * jnp.where(tiny, r, 0) / 3",
+        ("rescale", "*laws"),
+    ),
+    Mutant(
+        "a factor of two steps that is applied twice",
+        "_rescale.py",
+        "return response(norm * power, limit), power",
+        "return response(norm, limit), power",
+        ("rescale", "*laws"),
+    ),
+    Mutant(
+        "an update that is not cast back",
+        "_rescale.py",
+        "* second * first).astype(x.dtype)",
+        "* second * first)",
+        ("rescale", "*laws"),
+    ),
+    Mutant(
+        "`on_nonfinite` the other way round",
+        "_rescale.py",
+        'fill = jnp.nan if on_nonfinite == "propagate"',
+        'fill = jnp.nan if on_nonfinite == "zero"',
+        ("clip", "*laws"),
+    ),
+    Mutant(
+        "lower and upper bound of a value swapped",
+        "_rescale.py",
+        "held = jnp.clip(wide, -low, high)",
+        "held = jnp.clip(wide, -high, low)",
+        ("classics", "*laws"),
+    ),
+    Mutant(
+        "an infinite element is clipped to the bound",
+        "_rescale.py",
+        "return jnp.where(jnp.isfinite(wide), held",
+        "return jnp.where(~jnp.isnan(wide), held",
+        ("classics", "elementwise", "*laws"),
+    ),
+    Mutant(
+        "the epsilon of PyTorch is left out",
+        "_rescale.py",
+        "norm = norm + eps if eps else norm",
+        "norm = norm - eps if eps else norm",
+        ("rescale", "interop", "parity"),
+    ),
+]
+
+ENGINE = [
+    Mutant(
+        "`clip_count` counts a norm at its limit",
+        "_clip.py",
+        "jnp.any(jnp.isfinite(norm) & (norm > limit))",
+        "jnp.any(jnp.isfinite(norm) & (norm >= limit))",
+        ("clip", "metrics", "recurrences", "windows", "*laws"),
+    ),
+    Mutant(
+        "`nonfinite_count` stands still",
+        "_clip.py",
+        "counted(state.nonfinite_count, nonfinite)",
+        "state.nonfinite_count",
+        ("clip", "metrics", "*laws"),
+    ),
+    Mutant(
+        "a counter overflows",
+        "_clip.py",
+        "jnp.where(flag & (count < jnp.iinfo(count.dtype).max), count + 1, count)",
+        "jnp.where(flag, count + 1, count)",
+        ("clip",),
+    ),
+    Mutant(
+        "a counter with a weak type",
+        "_clip.py",
+        "clip_count=jnp.zeros((), jnp.int32),",
+        "clip_count=jnp.asarray(0),",
+        ("clip", "*laws"),
+    ),
+    Mutant(
+        "one array twice in the initial state, which cannot be donated",
+        "_clip.py",
+        "    def full(number: float) -> Any:",
+        "    @functools.cache\n    def full(number: float) -> Any:",
+        ("clip", "windows", "*laws"),
+    ),
+    Mutant(
+        "the factor in the state lacks its second step",
+        "_clip.py",
+        "whole = [one * power for one, power",
+        "whole = [one for one, _",
+        ("clip", "metrics", "rescale", "*laws"),
+    ),
+]
+
+LIMITS = [
+    Mutant(
+        "a NaN enters what a limit has learned, as a norm of 0",
+        "_limits/limit.py",
+        "jax.tree.map(lambda n, old: jnp.where(finite, n, old), new, state)",
+        "jax.tree.map(lambda n, old: n, new, state)",
+        ("limits", "windows", "recurrences"),
+    ),
+    Mutant(
+        "an infinite norm enters what a limit has learned",
+        "_limits/limit.py",
+        "finite = jnp.isfinite(norm)",
+        "finite = ~jnp.isnan(norm)",
+        ("limits", "windows", "recurrences"),
+    ),
+    Mutant(
+        "a schedule is one step ahead",
+        "_limits/limit.py",
+        "_filled(limit(count), norm)",
+        "_filled(limit(count + 1), norm)",
+        ("limits", "*laws"),
+    ),
+    Mutant(
+        "the clock of a schedule overflows",
+        "_limits/limit.py",
+        "optax.safe_increment(count)",
+        "count + 1",
+        ("limits", "clip", "*laws"),
+    ),
+    Mutant(
+        "the larger of two limits for the smaller",
+        "_limits/limit.py",
+        "_joined(jnp.minimum, a, b)",
+        "_joined(jnp.maximum, a, b)",
+        ("limits", "clip", "recurrences"),
+    ),
+    Mutant(
+        "the moving average takes in norms as they are",
+        "_limits/ema.py",
+        "x = jnp.minimum(norm, limit)",
+        "x = norm",
+        ("recurrences",),
+    ),
+    Mutant(
+        "a warm-up of one step too many",
+        "_limits/ema.py",
+        "warm = state.steps >= jnp",
+        "warm = state.steps > jnp",
+        ("recurrences",),
+    ),
+    Mutant(
+        "the deviation is that from the old mean",
+        "_limits/zscore.py",
+        "share = weight * (1 - weight) * jnp.where(warm, 1 - weight, 1)",
+        "share = weight * (1 - weight)",
+        ("recurrences",),
+    ),
+    Mutant(
+        "a norm of 0 enters what a limit has learned",
+        "_limits/moments.py",
+        "jnp.where(norm > 0, n, old)",
+        "n",
+        ("recurrences", "adagc"),
+    ),
+    Mutant(
+        "< for <= in the quantile",
+        "_limits/quantile.py",
+        "(norm <= limit)",
+        "(norm < limit)",
+        ("recurrences", "per_example"),
+    ),
+    Mutant(
+        "two digits of the constant of the MAD swapped",
+        "_limits/median.py",
+        "SIGMA_OF_MAD = 1.4826",
+        "SIGMA_OF_MAD = 1.4286",
+        ("windows",),
+    ),
+    Mutant(
+        "the last rank of a percentile off by one",
+        "_limits/window.py",
+        "jnp.maximum(jnp.sum(finite, axis=0) - 1, 0)",
+        "jnp.maximum(jnp.sum(finite, axis=0), 0)",
+        ("windows",),
+    ),
+]
+
+STRATEGIES = [
+    Mutant(
+        "AutoClip leaves out the norm of this step",
+        "_strategies/autoclip.py",
+        "return percentile_of(norms, percentile), norms",
+        "return percentile_of(norms[1:], percentile), norms",
+        ("windows", "peers"),
+    ),
+    Mutant(
+        "AdaGC: an array with a NaN stops the others",
+        "_strategies/adagc.py",
+        "jnp.where(jnp.isfinite(norm), norm, 0) for norm in norms",
+        "norm for norm in norms",
+        ("adagc",),
+    ),
+    Mutant(
+        "AGC: eps is added to the norm of the weights",
+        "_strategies/adaptive_grad_clip.py",
+        "fraction * jnp.maximum(w, floor)",
+        "fraction * (w + floor)",
+        ("adaptive_grad_clip", "*laws"),
+    ),
+    Mutant(
+        "a block RMS without the size of the block",
+        "_strategies/clip_by_block_rms.py",
+        "[limit * root for root in",
+        "[limit for _ in",
+        ("classics", "*laws"),
+    ),
+    Mutant(
+        "another growth by default",
+        "_strategies/limit_norm_growth.py",
+        "ratio: Threshold = 1.01,",
+        "ratio: Threshold = 1.1,",
+        ("recurrences",),
+    ),
+    Mutant(
+        "SPAM: a warm-up of one step too many",
+        "_strategies/spam_clip.py",
+        "(state.step_count < warmup_steps)",
+        "(state.step_count <= warmup_steps)",
+        ("elementwise",),
+    ),
+    Mutant(
+        "two digits of a coefficient of Muon swapped",
+        "_strategies/clip_by_dual_norm.py",
+        "a, b, c = 3.4445, -4.7750, 2.0315",
+        "a, b, c = 3.4445, -4.7750, 2.0135",
+        ("dual_norm",),
+    ),
+    Mutant(
+        "singular values lack the second step of their factor",
+        "_strategies/spectral_clip.py",
+        "_times(u, sigma * second * first)",
+        "_times(u, sigma * first)",
+        ("spectral",),
+    ),
+]
+
+GUARDS = [
+    Mutant(
+        "the state of the optimizer advances in a skipped step",
+        "_guards/skip.py",
+        "return zeros, jax.tree.map(varying_like, state, kept)",
+        "return zeros, jax.tree.map(varying_like, move()[1], kept)",
+        ("skips",),
+    ),
+    Mutant(
+        "skips in a row are never reset",
+        "_guards/skip.py",
+        "jnp.where(bad, counted(state.skips_in_a_row, skipped), 0)",
+        "counted(state.skips_in_a_row, skipped)",
+        ("skips",),
+    ),
+    Mutant(
+        ">= for > in what a spike is",
+        "_guards/skip.py",
+        "(watched > most)",
+        "(watched >= most)",
+        ("skips", "peers"),
+    ),
+    Mutant(
+        "a loss of NaN is not skipped",
+        "_guards/skip.py",
+        "finite = jnp.isfinite(norm) & jnp.isfinite(watched)",
+        "finite = jnp.isfinite(norm)",
+        ("skips",),
+    ),
+    Mutant(
+        "the sum of the losses of all devices for their mean",
+        "_guards/skip.py",
+        "return (above - below) / leaf_sizes(value, axis_name=along)",
+        "return above - below",
+        ("skips",),
+    ),
+    Mutant(
+        "the carry has the wrong sign",
+        "_guards/error_feedback.py",
+        "rest = wanted - clipped.astype(wanted.dtype)",
+        "rest = clipped.astype(wanted.dtype) - wanted",
+        ("error_feedback",),
+    ),
+    Mutant(
+        "Clip21: an infinite gradient moves the estimate",
+        "_guards/clip21.py",
+        "kept = jnp.isfinite(new) & jnp.isfinite(gradient)",
+        "kept = jnp.isfinite(new)",
+        ("error_feedback",),
+    ),
+    Mutant(
+        "the cotangent passes as it is",
+        "_backward.py",
+        "return clip.update(cotangent, clip.init(cotangent))[0]",
+        "return cotangent",
+        ("backward",),
+    ),
+]
+
+PER_EXAMPLE = [
+    Mutant(
+        "the mean divides by examples that do not count, too",
+        "_per_example/value_and_grad.py",
+        "divisor = seen.example_count if mean_of is None",
+        "divisor = count if mean_of is None",
+        ("per_example",),
+    ),
+    Mutant(
+        "the mask is ignored in the sum of the gradients",
+        "_per_example/rule.py",
+        "keep = real & finite",
+        "keep = finite",
+        ("per_example",),
+    ),
+    Mutant(
+        "examples that fill the last micro-batch count twice",
+        "_per_example/value_and_grad.py",
+        "(jnp.arange(steps * size) < count).reshape(size, steps) & columns(real)",
+        "columns(real)",
+        ("per_example",),
+    ),
+    Mutant(
+        "an example may add more than the limit, by rounding",
+        "_per_example/rule.py",
+        "limit * (1 - _margin(len(leaves)))",
+        "limit",
+        ("per_example",),
+    ),
+    Mutant(
+        "noise for a sum in a mean",
+        "_per_example/noise.py",
+        "jnp.where(z == 0, 0, z * c / n)",
+        "jnp.where(z == 0, 0, z * c)",
+        ("per_example",),
+    ),
+    Mutant(
+        "the same noise in each array",
+        "_per_example/noise.py",
+        "_noised(leaf, deviation, keys[i])",
+        "_noised(leaf, deviation, keys[0])",
+        ("per_example",),
+    ),
+    Mutant(
+        "the noise of a count is taken for twice as large",
+        "_per_example/noise.py",
+        "(z**-2 - (2 * deviation) ** -2)",
+        "(z**-2 - (4 * deviation) ** -2)",
+        ("per_example",),
+    ),
+    Mutant(
+        "a ghost norm without the products of different positions",
+        "_per_example/ghost_layers.py",
+        "squares = jnp.sum(inputs * outputs, axis=(1, 2))",
+        "squares = jnp.sum(jnp.diagonal(inputs * outputs, axis1=1, axis2=2), axis=1)",
+        ("ghost",),
+    ),
+    Mutant(
+        "a ghost norm in the scale of its inputs alone",
+        "_per_example/ghost_layers.py",
+        "pairs = zip(undo, undo_outputs, strict=True)",
+        "pairs = zip(undo, undo, strict=True)",
+        ("ghost",),
+    ),
+]
+
+SEEING = [
+    Mutant(
+        "what a guard met hides what the clip met",
+        "_metrics.py",
+        "known + _only_array(guard.nonfinite_count)",
+        "_only_array(guard.nonfinite_count)",
+        ("metrics",),
+    ),
+    Mutant(
+        "the largest factor of several groups for the smallest",
+        "_metrics.py",
+        "return jnp.min(jnp.stack(smallest))",
+        "return jnp.max(jnp.stack(smallest))",
+        ("metrics",),
+    ),
+    Mutant(
+        "a clip of one group in many is taken for one of all",
+        "_monitor/conditions.py",
+        'rate = min(rate, recent.counted("clip_count") / updates)',
+        'rate = max(rate, recent.counted("clip_count") / updates)',
+        ("monitor",),
+    ),
+    Mutant(
+        "norms that stand still while gradients are accumulated are called frozen",
+        "_monitor/miswired.py",
+        "STEPS = 100",
+        "STEPS = 10",
+        ("monitor", "no_op_clip"),
+    ),
+]
+
+ELSEWHERE = [
+    Mutant(
+        "a threshold of 0 clips everything to 0, where Keras does not clip",
+        "_interop.py",
+        "float(value) <= 0)",
+        "float(value) < 0)",
+        ("interop",),
+    ),
+    Mutant(
+        "another norm by default than in Transformers",
+        "_interop.py",
+        "max_grad_norm: Threshold = 1.0,",
+        "max_grad_norm: Threshold = 5.0,",
+        ("interop",),
+    ),
+    Mutant(
+        "a config gets another ball",
+        "_interop.py",
+        '"newton_schulz_ball": newton_schulz_ball',
+        '"newton_schulz_ball": spectral_ball',
+        ("interop",),
+    ),
+]
+
+MUTANTS = [
+    *NORMS, *RESCALING, *ENGINE, *LIMITS, *STRATEGIES, *GUARDS, *PER_EXAMPLE, *SEEING, *ELSEWHERE,
+]  # fmt: skip
+
+
+class Result(NamedTuple):
+    """What caught a fault, empty where nothing did, and after how many seconds."""
+
+    what: str
+    file: str
+    caught: str
+    seconds: int
+
+
+def main() -> int:
+    """Break the library, and say by what each fault was caught."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--suite", type=Path, default=ROOT / "tests", help="folder of the tests")
+    parser.add_argument("--only", default="", help="faults whose description or file has this")
+    parser.add_argument("--save", type=Path, help="write the results as JSON")
+    parser.add_argument("--before", type=Path, help="results of another suite, for the table")
+    parser.add_argument("--out", type=Path, help="write a table in Markdown")
+    parser.add_argument("--cache", type=Path, help="folder of compiled programs, to be kept")
+    options = parser.parse_args()
+    suite = options.suite.resolve()
+    chosen = [one for one in MUTANTS if options.only in one.what or options.only in one.file]
+    for mutant in MUTANTS:
+        broken(mutant)
+        files_of(suite, mutant)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        cache = (options.cache or folder / "compiled").resolve()
+        results = [result_of(mutant, suite, folder, cache) for mutant in chosen]
+        results = believed(results, suite, folder, cache)
+    if options.save:
+        options.save.write_text(json.dumps([one._asdict() for one in results], indent=1) + "\n")
+    if options.out:
+        before = json.loads(options.before.read_text()) if options.before else []
+        options.out.write_text(table(results, [Result(**one) for one in before]))
+    caught = sum(bool(one.caught) for one in results)
+    print(f"{caught} of {len(results)} caught")
+    return int(caught < len(results))
+
+
+def broken(mutant: Mutant) -> str:
+    """The text of the file with the fault."""
+    text = (ROOT / "gradclip_jax" / mutant.file).read_text(encoding="utf-8")
+    if text.count(mutant.old) != 1:
+        sys.exit(
+            f"{mutant.what}: `{mutant.old}` must stand once in {mutant.file}, "
+            f"got {text.count(mutant.old)}"
+        )
+    return text.replace(mutant.old, mutant.new)
+
+
+def files_of(suite: Path, mutant: Mutant) -> list[Path]:
+    """The tests of a fault, in the order in which they run."""
+    found = []
+    for stem in mutant.tests:
+        files = sorted(suite.rglob(f"test_{stem}.py"))
+        if not files:
+            sys.exit(f"{mutant.what}: `tests` must name files in {suite}, got {stem}")
+        found += files
+    return found
+
+
+def result_of(mutant: Mutant, suite: Path, folder: Path, cache: Path) -> Result:
+    """Break a copy of the package, and run the tests until one fails."""
+    copy = fresh_copy(folder)
+    (copy / mutant.file).write_text(broken(mutant), encoding="utf-8")
+    start = time.monotonic()
+    failed = failures(["-x", *map(str, files_of(suite, mutant))], suite, copy, cache)
+    seconds = round(time.monotonic() - start)
+    caught = failed[0] if failed else ""
+    said = f"caught by {caught} in {seconds} s" if caught else f"SURVIVED {seconds} s"
+    print(f"{mutant.what}: {said}", flush=True)
+    return Result(mutant.what, mutant.file, caught, seconds)
+
+
+def believed(results: list[Result], suite: Path, folder: Path, cache: Path) -> list[Result]:
+    """The results, without those of tests that fail in the library as it is.
+
+    Only tests that caught a fault must pass there, so nothing else is run.
+    """
+    names = sorted({one.caught for one in results if "::" in one.caught})
+    failed = failures(names, suite, fresh_copy(folder), cache) if names else []
+    for name in failed:
+        print(f"{name} fails without a fault, too: it catches nothing")
+    return [one._replace(caught="") if one.caught in failed else one for one in results]
+
+
+def fresh_copy(folder: Path) -> Path:
+    """A copy of the package without a fault."""
+    copy = folder / "gradclip_jax"
+    shutil.rmtree(copy, ignore_errors=True)
+    return shutil.copytree(ROOT / "gradclip_jax", copy, ignore=shutil.ignore_patterns("*.pyc"))
+
+
+def failures(arguments: list[str], suite: Path, copy: Path, cache: Path) -> list[str]:
+    """Names of the tests that fail when they import the copy."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(copy.parent),
+        # Files of one size and second would be taken for one another.
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        # -P: not the package in the working directory.
+        return subprocess.run(
+            [sys.executable, "-P", *command],
+            cwd=suite.parent,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=MOST_SECONDS,
+        )
+
+    find = "import importlib.util; print(importlib.util.find_spec('gradclip_jax').origin)"
+    found = run("-c", find).stdout.strip()
+    if found != str(copy / "__init__.py"):
+        sys.exit(f"the tests must import the copy in {copy}, got {found or 'nothing'}")
+    options = ["-q", "--no-header", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
+    try:
+        done = run("-m", "pytest", *options, *arguments)
+    except subprocess.TimeoutExpired:
+        return [f"its time of more than {MOST_SECONDS} s"]
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if done.returncode != bool(failed):
+        sys.exit(f"pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return failed
+
+
+def table(results: list[Result], before: list[Result]) -> str:
+    """The results in Markdown, beside those of another suite."""
+    known = {one.what: one for one in before}
+    rows = [["fault", "file", *(["caught before"] if known else []), "caught by"]]
+    rows.append(["---"] * len(rows[0]))
+    for one in results:
+        both = [*([known.get(one.what)] if known else []), one]
+        cells = [cell(each.caught) if each else "not run" for each in both]
+        rows.append([one.what, f"`{one.file}`", *cells])
+    caught = sum(bool(one.caught) for one in results)
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    head = "Faults that were put into the library, each with the first test that failed.\n"
+    return "\n".join([head, *lines, "", f"{caught} of {len(results)} caught.", ""])
+
+
+def cell(caught: str) -> str:
+    """The name of a test without its folders."""
+    file, _, test = caught.partition("::")
+    name = f"{Path(file).name}::{test}" if test else caught
+    return f"`{name}`".replace("|", r"\|") if caught else "**survived**"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
