@@ -1,6 +1,7 @@
 """Many devices: the norm of eight devices is that of one, in every way of running them."""
 
 import functools
+import math
 import re
 from collections import Counter
 
@@ -479,3 +480,38 @@ def test_jit_reshards_nothing_and_sums_once(mesh_2d):
     for collective in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
         assert f" {collective}(" not in text
     assert " all-reduce(" in text
+
+
+@pytest.mark.parametrize("bound", [2.0**-51.5, 2.0**50])
+def test_devices_on_both_sides_of_a_bound_of_the_safe_range(bound, mesh):
+    """Half of the devices scale their elements before they square them, and half do not."""
+    x = jnp.array([0.75, 1.5] * 4) * bound
+    norm = jax.shard_map(global_norm, mesh=mesh, in_specs=P("data"), out_specs=P())(x)
+    np.testing.assert_allclose(norm, bound * math.sqrt(4 * (0.75**2 + 1.5**2)), rtol=1e-6)
+
+
+def test_a_name_beside_types_counts_a_replicated_leaf_once(mesh):
+    """The kernel of norm 5.66 is split, the bias of that norm is not: 8, not 16.97."""
+    updates = {"kernel": jnp.full(32, 1.0), "bias": jnp.full(8, 2.0)}
+    norm = jax.shard_map(
+        lambda updates: global_norm(updates, axis_name="data"),
+        mesh=mesh,
+        in_specs=({"kernel": P("data"), "bias": P()},),
+        out_specs=P(),
+    )(updates)
+    assert float(norm) == 8.0
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(("bad", "counts"), [(5.0, (1, 0)), (np.nan, (0, 1))])
+def test_a_unit_on_one_device_is_counted_by_all(check_vma, bad, counts, mesh):
+    clip = gradclip_jax.clip_by_unit_norm(1.0, axis_name=P(None, "data"))
+
+    def step(x):
+        _, state = clip.update(x, clip.init(x))
+        return state.clip_count, state.nonfinite_count
+
+    counted = jax.shard_map(
+        step, mesh=mesh, in_specs=P(None, "data"), out_specs=P(), check_vma=check_vma
+    )(jnp.full((2, 8), 0.1).at[0, 3].set(bad))
+    assert tuple(map(int, counted)) == counts

@@ -303,3 +303,14 @@ def test_split_over_devices_as_on_one(mesh):
         result, norm = jax.jit(manual)(updates)
         chex.assert_trees_all_close(result, expected, atol=1e-6)
         assert float(norm) == pytest.approx(float(state.grad_norm), rel=1e-6)
+
+
+def test_newton_schulz_takes_five_steps_with_the_coefficients_of_muon():
+    sigma = np.array([4.0, 2.0, 1.0, 0.1])
+    result, _ = apply(
+        clip_by_dual_norm(1.0, ball=newton_schulz_ball), jnp.diag(jnp.asarray(sigma, jnp.float32))
+    )
+    s = sigma / np.linalg.norm(sigma)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    np.testing.assert_allclose(result, np.diag(s), atol=1e-4)

@@ -185,3 +185,12 @@ def test_arguments_that_may_not_be_raise():
     for make in (error_feedback, clip21):
         with pytest.raises(ValueError, match=r"`clip` must be a transformation of optax, got 1\.0"):
             make(1.0)
+
+
+@pytest.mark.parametrize("bad", [jnp.inf, -jnp.inf])
+def test_an_infinite_gradient_is_no_step_of_the_limit_of_optax(bad):
+    """`optax.clip` makes 1 of infinity."""
+    stream = jnp.array([[0.5, 0.5], [bad, 0.5]])
+    state, updates = scanned(gradclip_jax.clip21(optax.clip(1.0)), stream)
+    np.testing.assert_array_equal(state.estimate, [0.5, 0.5])
+    np.testing.assert_array_equal(updates[-1], [0.5, 0.5])

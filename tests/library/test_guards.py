@@ -1,5 +1,7 @@
 """Guards keep what is not finite away from what follows."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,3 +78,11 @@ def test_state_keeps_its_type_in_scan():
         lambda state, _: (guard.update(BROKEN, state)[1], None), guard.init(BROKEN), length=4
     )
     assert int(state.nonfinite_count) == 4
+
+
+def test_a_nan_in_an_imaginary_part_is_counted():
+    x = jnp.array([complex(1, math.nan), 2 + 3j])
+    guard = gradclip_jax.zero_nonfinite()
+    result, state = guard.update(x, guard.init(x))
+    np.testing.assert_array_equal(result, [0, 2 + 3j])
+    assert int(state.nonfinite_count) == 1

@@ -558,3 +558,22 @@ def test_yaml_without_its_package_says_what_to_install(tmp_path, monkeypatch):
     path.write_text("method: zclip")
     with pytest.raises(ImportError, match=r"PyYAML must be installed \(`pip install pyyaml`\)"):
         from_config(path)
+
+
+def test_the_default_of_transformers_is_a_norm_of_1():
+    clip = gradclip_jax.from_transformers()
+    grads = jnp.array([3.0, 4.0])
+    _, state = clip.update(grads, clip.init(grads))
+    assert float(state.clip_limit) == 1.0
+
+
+@pytest.mark.parametrize(
+    "name", ["euclidean_ball", "newton_schulz_ball", "sign_ball", "spectral_ball"]
+)
+def test_a_config_gets_the_ball_that_it_names(name):
+    grads = jnp.array([[3.0, 1.0], [0.0, 2.0]])  # another direction in each ball
+    ball = getattr(gradclip_jax, name)
+    config = {"method": "clip_by_dual_norm", "threshold": 1.0, "ball": name}
+    clips = gradclip_jax.from_config(config), gradclip_jax.clip_by_dual_norm(1.0, ball=ball)
+    first, second = (clip.update(grads, clip.init(grads))[0] for clip in clips)
+    np.testing.assert_array_equal(first, second)

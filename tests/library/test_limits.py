@@ -97,3 +97,9 @@ def test_a_constant_that_may_not_be_raises(bad):
 def test_the_message_names_argument_rule_and_value():
     with pytest.raises(ValueError, match=r"^`limit` must be non-negative, got -1\.0\.$"):
         constant(-1.0)
+
+
+def test_the_clock_of_a_schedule_stops_at_its_largest_value():
+    most = jnp.int32(2**31 - 1)
+    _, count = observe(constant(lambda count: 1.0), jnp.float32(1.0), most)
+    assert int(count) == 2**31 - 1

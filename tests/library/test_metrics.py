@@ -175,3 +175,8 @@ def test_metrics_run_inside_scan():
 
     _, norms = jax.lax.scan(body, clip.init(GRADS), jnp.array([1.0, 2.0, 3.0]))
     np.testing.assert_allclose(norms, [85.0, 170.0, 255.0])
+
+
+def test_of_units_in_several_arrays_the_factor_is_the_smallest():
+    state = after(gradclip_jax.clip_by_unit_norm(6.0), GRADS)  # norms 5 and 12, and 84
+    assert numbers(gradclip_jax.metrics(state))["clip_factor"] == pytest.approx(6 / 84)

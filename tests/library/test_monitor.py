@@ -600,3 +600,9 @@ def test_the_docstring_names_every_kind_of_alert():
         assert f"`{kind}`" in (gradclip_jax.Alert.__doc__ or "")
     for column in monitor_module.COLUMNS:
         assert f"`{column}`" in (Monitor.history.__doc__ or "")
+
+
+def test_steps_between_two_records_are_judged_by_the_counter():
+    """Every second step is clipped, and only those are recorded."""
+    norms = noisy(0, 600, 0.1) * np.where(np.arange(600) % 2, 0.5, 2.0)
+    assert alerts_of(clipped_run(norms, 1.0), every=2) == []

@@ -1,5 +1,7 @@
 """Measures, on numbers that can be checked by hand and against float64."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,3 +157,17 @@ def test_eager_updates_share_one_compiled_program_whatever_the_number_of_leaves(
 
 def test_the_norm_of_many_ones_is_right_in_float32():
     assert float(global_norm(jnp.ones(2**26))) == 2.0**13
+
+
+def test_squares_near_the_smallest_float32_are_not_lost():
+    """Of some elements near 2e-19 the squares are subnormal, which XLA takes for zero."""
+    x = (np.random.default_rng(0).normal(size=1000) * 2e-19).astype(np.float32)
+    expected = np.linalg.norm(x.astype(np.float64))
+    np.testing.assert_allclose(float(global_norm(jnp.asarray(x))), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, math.inf])
+def test_a_nan_in_an_imaginary_part_is_seen_in_a_large_array(order):
+    """A maximum over 1,000 elements may lose it."""
+    x = jnp.ones(5000, jnp.complex64).at[2500].set(complex(1, math.nan))
+    assert not np.isfinite(global_norm(x, order=order))

@@ -1,6 +1,7 @@
 """Limits with a short memory: quantile, z-score, moving average and growth, and their clips."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -501,3 +502,23 @@ def test_a_clip_through_orbax_continues_bit_for_bit(tmp_path):
         restored = checkpointer.restore(tmp_path / "state", clip.init(grads(1.0)))
     rest, _ = run(clip, N[5:], restored)
     assert rest == expected[5:]
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (gradclip_jax.quantile_clip, {"quantile": 0.5, "learning_rate": 0.2, "init": 1.0}),
+        (
+            gradclip_jax.zclip,
+            {"z_max": 2.5, "decay": 0.97, "warmup_steps": 25, "max_norm": 1.0},
+        ),
+        (
+            gradclip_jax.ema_clip,
+            {"k": 3.0, "decay": 0.99, "ratio": 1.0, "target": None, "warmup_steps": 25},
+        ),
+        (gradclip_jax.limit_norm_growth, {"ratio": 1.01, "floor": 0.1}),
+    ],
+)
+def test_defaults_are_those_documented(make, expected):
+    parameters = inspect.signature(inspect.unwrap(make)).parameters
+    assert {name: parameters[name].default for name in expected} == expected

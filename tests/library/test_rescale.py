@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gradclip_jax
 from gradclip_jax import (
     clip_to_limit,
     drop,
@@ -101,3 +102,15 @@ def test_the_product_is_taken_in_float32():
     updates, _ = clip.update(jnp.array([300.0], jnp.float16), clip.init(jnp.zeros(1)))
     assert updates.dtype == jnp.float16
     assert float(updates[0]) == 1.0
+
+
+def test_near_zero_tanh_is_its_series(x64):
+    r = jnp.array([1e-5, 9e-5, 1.1e-4])
+    np.testing.assert_allclose(1 - smooth_tanh(r, jnp.ones(3)), r**2 / 3, rtol=1e-5)
+
+
+def test_the_state_has_the_factor_of_both_steps():
+    clip = gradclip_jax.clip_by_global_norm(1.0)
+    grads = jnp.array([1e32])
+    _, state = clip.update(grads, clip.init(grads))
+    np.testing.assert_allclose(state.clip_factor, 1e-32, rtol=1e-6)

@@ -454,3 +454,25 @@ def test_arguments_that_may_not_be_raise():
         skip_spikes(optax.sgd(0.1), -1.0)
     with pytest.raises(ValueError, match="`value` must be the name of an extra argument"):
         skip_spikes(optax.sgd(0.1), 1.0, value=True)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_the_loss_is_the_mean_of_those_of_all_devices(check_vma, mesh):
+    """Losses of 1 to 8, of mean 4.5: a sum would be 36."""
+    axis_name = None if check_vma else "data"
+    optimizers = [
+        skip_spikes(optax.sgd(0.1), limit, value="loss", axis_name=axis_name)
+        for limit in (4.4, 4.6)
+    ]
+
+    def step(losses):
+        states = [
+            optimizer.update(losses, optimizer.init(losses), losses, loss=losses[0])[1]
+            for optimizer in optimizers
+        ]
+        return jnp.stack([state.skip_count for state in states])
+
+    skipped = jax.shard_map(
+        step, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=check_vma
+    )(jnp.arange(1.0, 9.0))
+    assert skipped.tolist() == [1, 0]

@@ -379,3 +379,9 @@ def test_clips_made_anew_share_one_compiled_program(make):
     again = make(2.0)
     again.update(x, again.init(x))
     assert spectral_module._held._cache_size() == programs
+
+
+def test_a_factor_below_the_smallest_float32_is_shared_by_two_steps():
+    """Singular values of 1e30 and 2e30 are brought to 0.01, by factors of 1e-32."""
+    result, _ = apply_at(spectral_clip, 0.01, jnp.diag(jnp.array([1e30, 2e30])))
+    np.testing.assert_allclose(result, 0.01 * np.eye(2), rtol=1e-5)

@@ -106,6 +106,7 @@ def test_an_update_exactly_at_the_limit_is_bit_identical(strategy):
     result, state = apply(strategy.make(limit), updates)
     chex.assert_trees_all_equal(result, updates)
     assert float(seen(state)["clipped"]) == 0
+    assert int(seen(state)["clip_count"]) == 0
 
 
 @all_strategies
@@ -324,3 +325,23 @@ def test_updates_of_another_structure_than_the_params_raise(strategy):
     del updates["kernel"]
     with pytest.raises(ValueError, match="`params` must have the structure of the updates"):
         clip.update(updates, state, PARAMS)
+
+
+@all_strategies
+def test_an_initial_state_has_no_weak_type(strategy):
+    """A state from a checkpoint has none, and would compile the step anew."""
+    leaves = jax.tree.leaves(strategy.make(LIMIT).init(PARAMS))
+    assert not any(leaf.weak_type for leaf in leaves)
+
+
+@all_strategies
+def test_an_initial_state_may_be_donated_to_a_step_that_may_keep_it(strategy):
+    """One array in two places cannot be donated twice."""
+    clip, updates = strategy.make(LIMIT), normal_tree(scale=10)
+
+    def step(state, moves):
+        return jax.lax.cond(moves, lambda: clip.update(updates, state, PARAMS)[1], lambda: state)
+
+    step = jax.jit(step, donate_argnums=0)
+    state = step(step(clip.init(PARAMS), False), True)
+    assert int(seen(state)["step_count"]) == 1
