@@ -322,9 +322,10 @@ OF_OPTAX = [
 
 LIBRARY = os.environ.get("CLIP_LIBRARY", "gradclip_jax")
 STRATEGIES = {"gradclip_jax": OURS, "optax": OF_OPTAX}[LIBRARY]
-# One of each kind: the engine at global scope, a norm per array, an element, a matrix.
-KINDS = {"clip_by_global_norm", "clip_by_norm", "clip_by_value", "spectral_clip", "clip"}
-FLOOR = [strategy for strategy in STRATEGIES if strategy.name in KINDS]
+# One of each kind: the engine at global scope, a norm per array, an element, a matrix. Of another
+# library nothing is known to be shared.
+KINDS = {"clip_by_global_norm", "clip_by_norm", "clip_by_value", "spectral_clip"}
+FLOOR = [s for s in STRATEGIES if s.name in KINDS or LIBRARY != "gradclip_jax"]
 # And each order and response of the engine: these have derivatives of their own.
 FORMULAS = [s for s in STRATEGIES if s in FLOOR or s.enlarges or "global_norm" in s.name]
 

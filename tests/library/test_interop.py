@@ -454,11 +454,13 @@ def test_every_strategy_and_limit_has_its_name_in_a_config():
         )
         if name == "limit_norm_growth":
             first = {"ratio": 1.5}
-        from_config({"method": name, **needed, **first}).init(GRADS)
+        clip = from_config({"method": name, **needed, **first})
+        assert jax.tree.leaves(clip.init(GRADS)), name
     for name in public_limits():
         needed = {"minimum": {"a": 1.0, "b": 2.0}, "constant": {"limit": 1.0}}
         limit = {"method": name, **needed.get(name.replace("maximum", "minimum"), {})}
-        from_config({"method": "clip_to_limit", "limit": limit}).init(GRADS)
+        clip = from_config({"method": "clip_to_limit", "limit": limit})
+        assert jax.tree.leaves(clip.init(GRADS)), name
 
 
 @pytest.mark.parametrize(

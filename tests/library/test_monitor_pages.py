@@ -1,5 +1,6 @@
 """What a monitor shows: pictures, one page that a browser opens offline, and rows in files."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -10,11 +11,13 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX.proto import event_pb2
 
 import gradclip_jax
 
 CHROMIUM = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
+plots = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="needs the extra plots"
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +36,7 @@ def monitor() -> gradclip_jax.Monitor:
     return seen
 
 
+@plots
 def test_pictures_show_what_was_recorded(monitor, tmp_path):
     figure = monitor.plot(tmp_path / "norms.png")
     above, below = figure.axes
@@ -48,6 +52,7 @@ def test_pictures_show_what_was_recorded(monitor, tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@plots
 def test_a_run_without_leaves_loss_or_limit_is_drawn_too(tmp_path):
     bare = gradclip_jax.Monitor()
     bare.record(0, {"grad_norm": 1.0})
@@ -59,6 +64,7 @@ def test_a_run_without_leaves_loss_or_limit_is_drawn_too(tmp_path):
         gradclip_jax.Monitor().plot()
 
 
+@plots
 def test_the_page_holds_everything_itself(monitor, tmp_path):
     monitor.save_html(tmp_path / "run.html")
     text = (tmp_path / "run.html").read_text(encoding="utf-8")
@@ -70,6 +76,7 @@ def test_the_page_holds_everything_itself(monitor, tmp_path):
     assert "nonfinite" in text
 
 
+@plots
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_a_browser_opens_the_page_without_errors(monitor, tmp_path):
     monitor.save_html(tmp_path / "run.html")
@@ -87,6 +94,7 @@ def test_a_browser_opens_the_page_without_errors(monitor, tmp_path):
 
 
 def test_rows_go_to_tensorboard_csv_and_json_lines(tmp_path):
+    pytest.importorskip("tensorboardX", reason="needs the extra tensorboard")
     events: list[tuple[int, float]] = []
     writers = [
         gradclip_jax.to_tensorboard(tmp_path / "board"),
@@ -116,6 +124,8 @@ def test_rows_go_to_tensorboard_csv_and_json_lines(tmp_path):
 
 def scalars(records: bytes) -> list[tuple[str, float]]:
     """Tags and values of an event file: length, checksum, event, checksum, again and again."""
+    from tensorboardX.proto import event_pb2
+
     found, at = [], 0
     while at < len(records):
         size = int.from_bytes(records[at : at + 8], "little")
