@@ -1,7 +1,9 @@
 """Eight CPU devices, no promotion of dtypes or ranks that is not written, and meshes."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -28,6 +30,11 @@ BEFORE_0_10_2 = tuple(map(int, jax.__version__.split(".")[:3])) < (0, 10, 2)
 def make_mesh(kind: AxisType = AxisType.Auto, **axes: int) -> Mesh:
     """A mesh with axes of these sizes, all of one kind (`make_mesh` alone gives explicit ones)."""
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(kind,) * len(axes))
+
+
+def shard_map(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """A compiled `jax.shard_map`: eagerly each operation is a program for all devices."""
+    return jax.jit(jax.shard_map(f, **options))
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from conftest import make_mesh
+from conftest import make_mesh, shard_map
 from jax.sharding import PartitionSpec as P
 
 import gradclip_jax
@@ -195,7 +195,7 @@ def test_over_devices_it_is_the_clip_on_one(check_vma):
         second, _ = clip.update(jax.tree.map(lambda g: 2 * g, first), state, grads)
         return first, second
 
-    over_devices = jax.shard_map(
+    over_devices = shard_map(
         twice,
         mesh=make_mesh(data=8),
         in_specs=(specs,),

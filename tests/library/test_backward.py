@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import shard_map
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -130,7 +131,7 @@ def test_dtype_and_devices(mesh):
     def step(x):
         return jax.grad(lambda x: (100 * clip_cotangent(x, clip_by_global_norm(1.0))).sum())(x)
 
-    result = jax.shard_map(step, mesh=mesh, in_specs=P("data"), out_specs=P("data"))(jnp.ones(8))
+    result = shard_map(step, mesh=mesh, in_specs=P("data"), out_specs=P("data"))(jnp.ones(8))
     np.testing.assert_allclose(np.linalg.norm(result), 1.0, rtol=1e-6)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import BEFORE_0_10_2, make_mesh
+from conftest import BEFORE_0_10_2, make_mesh, shard_map
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from registry import FLOOR, STRATEGIES
 
@@ -147,7 +147,7 @@ def test_the_norm_of_eight_devices_is_that_of_one(mesh_2d):
     sharded = placed(updates, mesh_2d)
     norms = [global_norm(updates), jax.jit(global_norm)(sharded), global_norm(sharded)]
     for axis_name, check_vma in ((None, True), (SPECS, False), (SPECS, True)):
-        measure = jax.shard_map(
+        measure = shard_map(
             lambda tree, axis_name=axis_name: global_norm(tree, axis_name=axis_name),
             mesh=mesh_2d,
             in_specs=(SPECS,),
@@ -176,7 +176,7 @@ def test_replicated_leaves_are_counted_once_and_stay_replicated(mesh):
         updates, state = clip.update(updates, clip.init(updates))
         return updates, state.grad_norm
 
-    result, norm = jax.shard_map(
+    result, norm = shard_map(
         step, mesh=mesh, in_specs=(specs,), out_specs=(specs, P()), check_vma=True
     )(updates)
     assert float(norm) == 8.0
@@ -211,7 +211,7 @@ def test_one_collective_whatever_the_number_of_leaves(strategy, check_vma, mesh)
         updates, state = clip.update(updates, clip.init(updates), updates)
         return updates, state.step_count
 
-    mapped = jax.shard_map(
+    mapped = shard_map(
         step, mesh=mesh, in_specs=P("data"), out_specs=(P("data"), P()), check_vma=check_vma
     )
     found = collectives(mapped, updates)
@@ -224,13 +224,13 @@ def test_one_collective_whatever_the_number_of_leaves(strategy, check_vma, mesh)
 def test_one_collective_for_each_distinct_set_of_axes(mesh_2d):
     updates = {f"{name}{i}": leaf for name, leaf in mixed_tree().items() for i in range(10)}
     specs = {f"{name}{i}": SPECS[name] for name in SPECS for i in range(10)}
-    measure = jax.shard_map(global_norm, mesh=mesh_2d, in_specs=(specs,), out_specs=P())
+    measure = shard_map(global_norm, mesh=mesh_2d, in_specs=(specs,), out_specs=P())
     # Along data, along model, along both: replicated leaves need none.
     assert collectives(measure, updates).total() == 3
 
 
 def test_replicated_leaves_alone_need_no_collective(mesh):
-    measure = jax.shard_map(global_norm, mesh=mesh, in_specs=P(), out_specs=P())
+    measure = shard_map(global_norm, mesh=mesh, in_specs=P(), out_specs=P())
     assert collectives(measure, mixed_tree()).total() == 0
 
 
@@ -253,7 +253,7 @@ def test_a_library_that_cannot_know_refuses_to_guess(run, mesh):
 
     runs = {
         "pmap": jax.pmap(step, axis_name="i"),
-        "shard_map": jax.shard_map(
+        "shard_map": shard_map(
             step, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False
         ),
     }
@@ -263,7 +263,7 @@ def test_a_library_that_cannot_know_refuses_to_guess(run, mesh):
 
 def test_a_spec_that_the_type_contradicts_raises(mesh):
     clip = gradclip_jax.clip_by_global_norm(1.0, axis_name=P())
-    step = jax.shard_map(
+    step = shard_map(
         lambda g: clip_once(clip, g, g)[0], mesh=mesh, in_specs=P("data"), out_specs=P("data")
     )
     with pytest.raises(ValueError, match=r"`w` is split, got .* varies along \['data'\] too"):
@@ -291,7 +291,7 @@ def test_an_axis_that_is_not_bound_raises(axis_name, mesh):
             clip.update(jnp.ones(2), clip.init(jnp.ones(2)))
     clip = gradclip_jax.clip_by_global_norm(1.0, axis_name=axis_name)
     with pytest.raises(ValueError, match=r"`axis_name` must name axes that .* bound here, got 'no"):
-        jax.shard_map(
+        shard_map(
             lambda g: clip_once(clip, g, g)[0], mesh=mesh, in_specs=P("data"), out_specs=P("data")
         )(jnp.ones(8))
 
@@ -307,7 +307,7 @@ def test_a_gradient_that_is_not_averaged_raises(mesh):
         return clip.update(grads, clip.init(params), params)[0]
 
     def run(average):
-        return jax.shard_map(
+        return shard_map(
             lambda p, b: step(p, b, average), mesh=mesh, in_specs=(P(), P("data")), out_specs=P()
         )(params, jnp.arange(8.0))
 
@@ -339,7 +339,7 @@ def test_a_partial_sum_raises():
 def test_units_of_split_leaves_ask_for_the_specs(axis_name, mesh):
     clip = gradclip_jax.clip_by_unit_norm(1.0, axis_name=axis_name)
     with pytest.raises(ValueError, match="`axis_name` must be a tree of PartitionSpecs for norms"):
-        jax.shard_map(
+        shard_map(
             lambda g: clip_once(clip, g, g)[0], mesh=mesh, in_specs=P("data"), out_specs=P("data")
         )(jnp.ones((8, 2)))
 
@@ -351,7 +351,7 @@ def test_the_rule_for_units_sees_the_whole_shape(mesh):
     expected = clip_once(gradclip_jax.adaptive_grad_clip(0.1), grads, params)
     for check_vma in (True, False):
         clip = gradclip_jax.adaptive_grad_clip(0.1, axis_name=P("data"))
-        step = jax.shard_map(
+        step = shard_map(
             functools.partial(clip_once, clip),
             mesh=mesh,
             in_specs=P("data"),
@@ -364,7 +364,7 @@ def test_the_rule_for_units_sees_the_whole_shape(mesh):
 def test_a_name_restricts_the_norm_to_its_axis(mesh_2d):
     """Independent replicas along `model` keep norms of their own."""
     x = jnp.arange(1.0, 9.0).reshape(4, 2)
-    norms = jax.shard_map(
+    norms = shard_map(
         lambda x: global_norm(x, axis_name="data")[None],
         mesh=mesh_2d,
         in_specs=P("data", "model"),
@@ -383,7 +383,7 @@ def test_state_scans_inside_shard_map(mesh_2d):
         )
         return state.step_count
 
-    count = jax.shard_map(run, mesh=mesh_2d, in_specs=(SPECS,), out_specs=P())(mixed_tree())
+    count = shard_map(run, mesh=mesh_2d, in_specs=(SPECS,), out_specs=P())(mixed_tree())
     assert int(count) == 3
 
 
@@ -458,7 +458,7 @@ def test_the_types_of_this_jax_are_understood(mesh_2d):
         return x
 
     for check_vma in (True, False):
-        jax.shard_map(
+        shard_map(
             inspect,
             mesh=mesh_2d,
             in_specs=(P("data"), P()),
@@ -486,14 +486,14 @@ def test_jit_reshards_nothing_and_sums_once(mesh_2d):
 def test_devices_on_both_sides_of_a_bound_of_the_safe_range(bound, mesh):
     """Half of the devices scale their elements before they square them, and half do not."""
     x = jnp.array([0.75, 1.5] * 4) * bound
-    norm = jax.shard_map(global_norm, mesh=mesh, in_specs=P("data"), out_specs=P())(x)
+    norm = shard_map(global_norm, mesh=mesh, in_specs=P("data"), out_specs=P())(x)
     np.testing.assert_allclose(norm, bound * math.sqrt(4 * (0.75**2 + 1.5**2)), rtol=1e-6)
 
 
 def test_a_name_beside_types_counts_a_replicated_leaf_once(mesh):
     """The kernel of norm 5.66 is split, the bias of that norm is not: 8, not 16.97."""
     updates = {"kernel": jnp.full(32, 1.0), "bias": jnp.full(8, 2.0)}
-    norm = jax.shard_map(
+    norm = shard_map(
         lambda updates: global_norm(updates, axis_name="data"),
         mesh=mesh,
         in_specs=({"kernel": P("data"), "bias": P()},),
@@ -511,7 +511,7 @@ def test_a_unit_on_one_device_is_counted_by_all(check_vma, bad, counts, mesh):
         _, state = clip.update(x, clip.init(x))
         return state.clip_count, state.nonfinite_count
 
-    counted = jax.shard_map(
+    counted = shard_map(
         step, mesh=mesh, in_specs=P(None, "data"), out_specs=P(), check_vma=check_vma
     )(jnp.full((2, 8), 0.1).at[0, 3].set(bad))
     assert tuple(map(int, counted)) == counts

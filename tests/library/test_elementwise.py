@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import orbax.checkpoint
 import pytest
-from conftest import make_mesh
+from conftest import make_mesh, shard_map
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gradclip_jax import metrics
@@ -362,7 +362,7 @@ def test_split_over_devices_as_on_one(mesh):
         manual = spam_clip(4.0, 0.75, warmup_steps=1, axis_name=axis_name)
         specs = (PartitionSpec("data"), jax.tree.map(lambda x: PartitionSpec(), state))
         of_state = specs[1]._replace(limit_state=((), PartitionSpec("data")))
-        update = jax.shard_map(
+        update = shard_map(
             manual.update,
             mesh=make_mesh(data=8),
             in_specs=(PartitionSpec("data"), of_state),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import shard_map
 from jax.sharding import PartitionSpec as P
 
 import gradclip_jax
@@ -64,7 +65,7 @@ def test_all_devices_count_what_one_met(check_vma, mesh):
         result, state = guard.update(x, guard.init(x))
         return result, state.nonfinite_count[None]
 
-    result, counts = jax.shard_map(
+    result, counts = shard_map(
         step, mesh=mesh, in_specs=P("data"), out_specs=(P("data"), P() if check_vma else P("data")),
         check_vma=check_vma,
     )(x)  # fmt: skip

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_mesh
+from conftest import make_mesh, shard_map
 from flax import nnx
 from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -612,7 +612,7 @@ def test_without_checked_types_the_axis_must_be_named(expected, mesh):
 
     def step(axis_name):
         f = clipped_value_and_grad(loss, 1.0, axis_name=axis_name)
-        return jax.shard_map(
+        return shard_map(
             lambda *args: f(*args)[1], mesh=mesh, in_specs=(P(), P("data"), P("data")),
             out_specs=P(), check_vma=False,
         )(params_of(), x, y)  # fmt: skip
@@ -627,7 +627,7 @@ def test_split_parameters_in_shard_map_are_refused(mesh):
         return clipped_value_and_grad(lambda w, x: (x * w).sum(), 1.0)(w, x)[1]
 
     with pytest.raises(ValueError, match="parameters must be replicated"):
-        jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))(
+        shard_map(local, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))(
             jnp.ones(8), jnp.ones((2, 1))
         )
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from conftest import shard_map
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
 
@@ -472,7 +473,7 @@ def test_the_loss_is_the_mean_of_those_of_all_devices(check_vma, mesh):
         ]
         return jnp.stack([state.skip_count for state in states])
 
-    skipped = jax.shard_map(
-        step, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=check_vma
-    )(jnp.arange(1.0, 9.0))
+    skipped = shard_map(step, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=check_vma)(
+        jnp.arange(1.0, 9.0)
+    )
     assert skipped.tolist() == [1, 0]

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import orbax.checkpoint
 import pytest
-from conftest import make_mesh
+from conftest import make_mesh, shard_map
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gradclip_jax import clip_by_dual_norm, drop, metrics, smooth_sqrt
@@ -351,7 +351,7 @@ def test_stacks_may_be_split_over_devices_and_matrices_may_not(mesh):
         return clip.update(updates, clip.init(updates))[0]
 
     with pytest.raises(ValueError, match="`updates` must hold whole matrices: those of `w`"):
-        jax.shard_map(within, mesh=make_mesh(data=8), in_specs=(rows,), out_specs=rows)(
+        shard_map(within, mesh=make_mesh(data=8), in_specs=(rows,), out_specs=rows)(
             {"w": jnp.ones((2, 8, 3)), "b": jnp.ones(2)}
         )
 
