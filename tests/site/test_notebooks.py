@@ -3,13 +3,12 @@
 import re
 from pathlib import Path
 
+import execute
 import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-
-import execute  # noqa: E402
 
 # What a kernel may write to stderr though nothing is wrong: matplotlib, on a new machine.
 HARMLESS = re.compile(r"Matplotlib is building the font cache; this may take a moment\.\n")
