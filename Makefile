@@ -18,10 +18,10 @@ USABLE = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 # In this order they are the sections of benchmarks/results/<machine>.md.
 BENCHMARKS = step_overhead norm compile_time strategies scaling per_example
 
-.PHONY: help demo test bench lint format notebooks docs reference clean
+.PHONY: help demo test test-library bench lint format notebooks docs reference clean
 
 help:  ## show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  PYTHON=python3.12     the interpreter (default: the first usable of python3, python3.14 … 3.11)"
 	@echo "  VENV=.venv-3.12       the environment directory"
@@ -32,8 +32,11 @@ help:  ## show this help
 demo: $(VENV)/.examples  ## train the language model with and without a clip, and draw both
 	@$(BIN)/python $(DEMO) $(ARGS)
 
-test: $(VENV)/.dev  ## run the test suite
+test: $(VENV)/.dev  ## run all tests
 	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-library: $(VENV)/.test  ## run the tests of the package, which need few packages
+	@$(BIN)/python -m pytest -n $(WORKERS) tests/library $(ARGS)
 
 # PyTorch is measured too where it is installed: make bench VENV=.venv-bench PINS=torch
 bench: $(VENV)/.examples  ## measure this library beside its peers (20 minutes of a quiet machine)
