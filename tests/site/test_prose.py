@@ -1,6 +1,7 @@
 """What the README and the docs show runs, and prints what they say."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import adaptive_limits
@@ -8,9 +9,12 @@ import language_model
 import pytest
 from registry import public_strategies
 
+import gradclip_jax
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 all_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+OTHERS = [ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")]
 
 
 def blocks(language: str, page: Path = PAGES[0]) -> list[str]:
@@ -35,7 +39,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
-@all_pages
+@pytest.mark.parametrize("page", PAGES + OTHERS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text())
     for file, anchor in links:
@@ -73,9 +77,17 @@ def test_readme_runs_the_example(tmp_path, monkeypatch, standard_promotion):
             assert (tmp_path / "run" / "run.png").exists()
 
 
-def test_readme_commands_are_those_of_the_makefile():
+def test_the_version_that_is_cited_is_the_one_of_the_package():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version} - " in (ROOT / "CHANGELOG.md").read_text()
+    assert gradclip_jax.__version__ == version
+
+
+def test_commands_are_those_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text()
-    commands = re.findall(r"^make (\w+)", "\n".join(blocks("sh")), flags=re.MULTILINE)
+    shown = "\n".join(blocks("sh") + blocks("sh", ROOT / "CONTRIBUTING.md"))
+    commands = re.findall(r"^make ([\w-]+)", shown, flags=re.MULTILINE)
     assert {"demo", "test"} <= set(commands)
     for target in commands:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
