@@ -38,7 +38,7 @@ class Fetch:
                 place = (frozenset(value.devices()), value.sharding.memory_kind, whole)
                 together.setdefault(place, {})[name] = value
             else:
-                self._on_host[name] = np.asarray(value, np.float64)
+                self._on_host[name] = _on_host(name, value)
             if np.ndim(value) > 1:
                 raise ValueError(
                     f"`{name}` must be a scalar, or a vector with a value for each step of a "
@@ -68,6 +68,13 @@ class Fetch:
                 values[name] = whole[start : start + size]
                 start += size
         return values
+
+
+def _on_host(name: str, value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value, np.float64)
+    except OverflowError:  # a Python int beyond the range of floats
+        raise ValueError(f"`{name}` must fit into a float64, got {type(value)}.") from None
 
 
 def _on_one_device(name: str, value: jax.Array) -> jax.Array:

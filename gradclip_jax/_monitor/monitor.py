@@ -5,6 +5,7 @@ import inspect
 import itertools
 import math
 import os
+import threading
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,6 +49,10 @@ class Monitor:
     Feed it with `metrics(opt_state)` and the loss, at every step or every tenth; or, from inside
     `lax.scan`, with arrays of a window of steps. It never waits for the device in `record`,
     unless that is more than 8 records behind; whatever reads the history waits.
+
+    One thread may record while others read: what they get is a copy of whole records, and a
+    reader that waits for the device does not make `record` wait. `on_alert` and writers are called
+    in the thread that takes a record in, one at a time.
 
     Each alert is raised once per episode. An episode ends when its condition has been false for
     `window` steps and five records, so that what comes and goes is told once.
@@ -106,8 +111,10 @@ class Monitor:
             if not callable(writer):
                 raise ValueError(f"`writers` must be functions of step and row, got {writer!r}.")
         self._on_alert = _warn if on_alert is None else on_alert
+        # Held by who takes records in or reads them; a callback may read, so that it is reentrant.
+        self._lock = threading.RLock()
         self._queue: collections.deque[Fetch] = collections.deque()
-        self._given: int | None = None
+        self._kept = 0, 0
         self._last: Row | None = None
         self._clipped, self._seen = 0.0, 0
         self._steps = array("q")
@@ -168,13 +175,22 @@ class Monitor:
                     f"window, got {np.size(value)}."
                 )
         self._queue.append(fetch)
-        while self._queue and (len(self._queue) > LATE or self._queue[0].is_ready()):
-            self._digest(self._queue.popleft())
+        # Another thread that waits for the device, to read, takes this one in later.
+        if not self._lock.acquire(blocking=len(self._queue) > LATE):
+            return
+        try:
+            while self._queue and (len(self._queue) > LATE or self._queue[0].is_ready()):
+                self._digest(self._queue.popleft())
+        finally:
+            self._lock.release()
 
     def flush(self) -> None:
         """Wait for all that was recorded, and take it in."""
-        while self._queue:
-            self._digest(self._queue.popleft())
+        with self._lock:
+            # What another thread records meanwhile is for the next one, or this might never end.
+            for _ in range(len(self._queue)):
+                if self._queue:  # `on_alert` may have read, and flushed
+                    self._digest(self._queue.popleft())
 
     def __enter__(self) -> "Monitor":
         """The monitor itself."""
@@ -203,16 +219,19 @@ class Monitor:
         All others are float64, NaN where not given. Norms and losses that are not finite are
         counted and left out; where no other is left it says NaN.
         """
-        self.flush()
-        columns = {name: np.array(column) for name, column in self._columns.items()}
-        return {"step": np.array(self._steps, np.int64), **columns}
+        with self._lock:
+            self.flush()
+            columns = {"step": self._steps, **self._columns}
+            return {name: self._copy(column) for name, column in columns.items()}
 
     @property
     def norms(self) -> dict[str, np.ndarray]:
         """Every norm seen, those within windows too: `step` (int64) and `grad_norm` (float64)."""
-        self.flush()
-        steps = np.array(self._norm_steps, np.int64)
-        return {"step": steps, "grad_norm": np.array(self._norms)}
+        with self._lock:
+            self.flush()
+            count = self._kept[1]
+            steps, norms = (np.array(x)[:count] for x in (self._norm_steps, self._norms))
+            return {"step": steps, "grad_norm": norms}
 
     @property
     def leaf_norms(self) -> dict[str, np.ndarray]:
@@ -220,14 +239,16 @@ class Monitor:
 
         Of a window the largest; infinite where it was NaN or infinite, NaN where not given.
         """
-        self.flush()
-        return {path: np.array(column) for path, column in self._leaves.items()}
+        with self._lock:
+            self.flush()
+            return {path: self._copy(column) for path, column in self._leaves.items()}
 
     @property
     def alerts(self) -> list[Alert]:
         """All alerts so far."""
-        self.flush()
-        return list(self._alerts)
+        with self._lock:
+            self.flush()
+            return list(self._alerts)
 
     def steps_to(self, loss: float, *, records: int = 5) -> int | None:
         """The step at which a loss was reached, or None.
@@ -266,9 +287,10 @@ class Monitor:
         | `loss_spikes` | how often the loss jumped |
         | `alerts` | how many alerts of each kind |
         """
-        history = self.history
-        norms = self.norms["grad_norm"]
-        kinds = collections.Counter(alert.kind for alert in self._alerts)
+        with self._lock:
+            history, norms = self.history, self.norms["grad_norm"]
+            kinds = collections.Counter(alert.kind for alert in self._alerts)
+            spikes = self._spikes.count
         return {
             "step": int(history["step"][-1]) if len(history["step"]) else None,
             "records": len(history["step"]),
@@ -281,7 +303,7 @@ class Monitor:
             "nonfinite_loss": int(np.nansum(history["nonfinite_loss"])),
             "loss": _last(history["loss"]),
             "best_loss": _of(np.min, history["loss_min"]),
-            "loss_spikes": self._spikes.count,
+            "loss_spikes": spikes,
             "alerts": dict(kinds),
         }
 
@@ -335,21 +357,23 @@ class Monitor:
           ValueError: When no norms of leaves were recorded: `metrics(state, per_group=True)` of a
             clip with a norm for each leaf has them.
         """
-        steps = self._recorded()["step"]
-        if not self.leaf_norms:
+        with self._lock:
+            steps, leaf_norms = self._recorded()["step"], self.leaf_norms
+        if not leaf_norms:
             raise ValueError(
                 "`metrics` must have norms of leaves (`per_group=True`), got none in any record."
             )
-        return _saved(draw_leaves(steps, self.leaf_norms), path)
+        return _saved(draw_leaves(steps, leaf_norms), path)
 
     def save_html(self, path: str | os.PathLike[str]) -> None:
         """One page with summary, alerts, plots and candidates for the limit.
 
         All is inside, so that it can be read offline and sent to others. Needs the extra `plots`.
         """
-        history, norms = self._recorded(), self.norms["grad_norm"]
-        known = norms[np.isfinite(norms)]
-        advice = self.suggest() if known.size else None
+        with self._lock:  # all of one moment
+            history, norms = self._recorded(), self.norms["grad_norm"]
+            leaf_norms, summary, alerts = self.leaf_norms, self.summary(), self.alerts
+        advice = suggest_max_norm(norms) if np.isfinite(norms).any() else None
         shown = (
             () if advice is None else dict.fromkeys([advice.max_norm, *_positive_limits(history)])
         )
@@ -357,9 +381,9 @@ class Monitor:
             "Norm and limit": draw_norms(history),
             "Distribution of the norms": draw_histogram(norms, sorted(set(shown))),
         }
-        if self.leaf_norms:
-            figures["Leaf by leaf"] = draw_leaves(history["step"], self.leaf_norms)
-        text = page(self.summary(), self._alerts, figures, str(advice or ""))
+        if leaf_norms:
+            figures["Leaf by leaf"] = draw_leaves(history["step"], leaf_norms)
+        text = page(summary, alerts, figures, str(advice or ""))
         Path(path).write_text(text, encoding="utf-8")
 
     def _recorded(self) -> dict[str, np.ndarray]:
@@ -383,6 +407,9 @@ class Monitor:
 
     def _numbered(self, given: np.ndarray, size: int) -> list[int]:
         """The steps of a window, of which the last alone may be given."""
+        for step in given.tolist():
+            if not -(2.0**63) <= step < 2.0**63:  # not for NaN either
+                raise ValueError(f"`step` must be a number below 2**63, got {step:.20g}.")
         steps = [int(step) for step in given]
         if len(steps) < size:
             steps = list(range(steps[-1] - size + 1, steps[-1] + 1))
@@ -449,10 +476,15 @@ class Monitor:
         return self._clipped / self._seen if self._seen else math.nan
 
     def _keep(self, row: Row, numbers: dict[str, float]) -> None:
-        """Append a row to the history."""
+        """Append a row to the history, whole or not at all."""
+        # Ctrl-C may have broken in on the last one.
+        rows, norms = self._kept
+        for column in (self._steps, *self._columns.values(), *self._leaves.values()):
+            del column[rows:]
+        del self._norm_steps[norms:], self._norms[norms:]
         for path in row.leaves:
             if path not in self._leaves:
-                self._leaves[path] = array("d", [math.nan]) * len(self._steps)
+                self._leaves[path] = array("d", [math.nan]) * rows
         for path, column in self._leaves.items():
             column.append(row.leaves.get(path, math.nan))
         for name, column in self._columns.items():
@@ -460,7 +492,18 @@ class Monitor:
         self._steps.append(row.step)
         self._norm_steps.extend(row.steps[-len(row.norms) :] if row.norms else ())
         self._norms.extend(row.norms)
+        self._kept = len(self._steps), len(self._norms)
         self._last = row
+
+    def _copy(self, column: array) -> np.ndarray:
+        return np.array(column)[: self._kept[0]]
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:  # a lock itself cannot be copied
+            return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
 
 NONE, NAN = np.zeros(0), np.full(1, math.nan)

@@ -1,7 +1,12 @@
 """The monitor: what it keeps, which alerts it raises, and that a healthy run raises none."""
 
+import copy
 import math
+import pickle
+import sys
+import threading
 import warnings
+from array import array
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +194,119 @@ def test_the_summary_tells_the_run():
     assert summary["grad_norm_max"] == np.nanmax(norms)
     assert summary["best_loss"] == losses.min()
     assert Monitor().summary()["grad_norm"] is None
+
+
+# --- threads and interruptions ---
+
+
+def in_a_thread(work):
+    """What `work` raises in a thread that runs it again and again until it is asked for."""
+    raised, done = [], threading.Event()
+
+    def again():
+        while not done.is_set():
+            try:
+                work()
+            except Exception as error:
+                raised.append(error)
+
+    thread = threading.Thread(target=again)
+    thread.start()
+
+    def end():
+        done.set()
+        thread.join()
+        return raised
+
+    return end
+
+
+def test_one_thread_records_while_another_reads():
+    monitor = Monitor(on_alert=lambda alert: None)
+
+    def read():
+        history = monitor.history
+        assert len({len(column) for column in history.values()}) == 1
+        np.testing.assert_array_equal(history["grad_norm"], 1 + history["step"] % 7)
+        leaves, summary = monitor.leaf_norms, monitor.summary()
+        assert all(len(column) >= len(history["step"]) for column in leaves.values())
+        assert summary["records"] == (0 if summary["step"] is None else summary["step"] + 1)
+        assert len(monitor.norms["step"]) >= summary["records"]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns as often as they can
+    try:
+        raised = in_a_thread(read)
+        for step in range(3000):
+            monitor.record(step, {"grad_norm": 1.0 + step % 7, "grad_norm/w": 1.0})
+        assert raised() == []
+    finally:
+        sys.setswitchinterval(interval)
+    assert monitor.history["step"].tolist() == list(range(3000))
+
+
+def test_a_reader_that_waits_for_the_device_keeps_nobody_from_recording(monkeypatch):
+    waits, arrived = threading.Event(), threading.Event()
+    read = Fetch.read
+
+    def slow(fetch):
+        waits.set()
+        assert arrived.wait(60)
+        return read(fetch)
+
+    monkeypatch.setattr(Fetch, "read", slow)
+    monkeypatch.setattr(Fetch, "is_ready", lambda fetch: False)
+    monitor = Monitor()
+    monitor.record(0, {"grad_norm": 1.0})
+    reader = threading.Thread(target=monitor.flush)
+    reader.start()
+    assert waits.wait(60)
+    for step in range(1, 9):
+        monitor.record(step, {"grad_norm": 1.0})  # would hang if it waited for the reader
+    arrived.set()
+    reader.join()
+    assert monitor.history["step"].tolist() == list(range(9))
+
+
+def test_ctrl_c_within_a_record_leaves_columns_of_one_length():
+    class Interrupted(array):
+        def append(self, value):
+            raise KeyboardInterrupt
+
+    monitor = Monitor()
+    monitor.record(0, {"grad_norm": 3.0, "grad_norm/w": 3.0})
+    monitor._columns["clipped"] = Interrupted("d", monitor._columns["clipped"])
+    with pytest.raises(KeyboardInterrupt):
+        monitor.record(1, {"grad_norm": 4.0, "grad_norm/w": 4.0, "grad_norm/b": 4.0})
+    monitor._columns["clipped"] = array("d", monitor._columns["clipped"])
+    assert {len(column) for column in monitor.history.values()} == {1}
+    monitor.record(2, {"grad_norm": 5.0, "grad_norm/w": 5.0})
+    assert {len(column) for column in monitor.history.values()} == {2}
+    assert monitor.history["grad_norm"].tolist() == monitor.norms["grad_norm"].tolist() == [3, 5]
+    assert monitor.leaf_norms["w"].tolist() == [3, 5]
+    assert len(monitor.leaf_norms["b"]) == 2
+
+
+@pytest.mark.parametrize(
+    "step", [2**63, -(2**63) - 2**12, 10**400, math.nan, math.inf], ids=lambda x: str(x)[:6]
+)
+def test_a_step_that_no_column_holds_is_refused_and_leaves_no_trace(step):
+    monitor = Monitor()
+    monitor.record(1, {"grad_norm": 1.0, "grad_norm/w": 1.0})
+    with pytest.raises(ValueError, match="`step` must "):
+        monitor.record(step, {"grad_norm": 2.0, "grad_norm/w": 2.0, "grad_norm/b": 2.0})
+    monitor.record(2, {"grad_norm": 3.0, "grad_norm/w": 3.0})
+    assert {len(column) for column in monitor.history.values()} == {2}
+    assert {path: norms.tolist() for path, norms in monitor.leaf_norms.items()} == {"w": [1, 3]}
+
+
+def test_a_monitor_can_be_copied_and_pickled():
+    monitor = Monitor()
+    monitor.record(0, {"grad_norm": 3.0})
+    for copied in (copy.deepcopy(monitor), pickle.loads(pickle.dumps(monitor))):
+        copied.record(1, {"grad_norm": 4.0})
+        assert copied.norms["grad_norm"].tolist() == [3, 4]
+    assert monitor.norms["grad_norm"].tolist() == [3]
 
 
 # --- from the device ---
