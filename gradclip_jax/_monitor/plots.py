@@ -79,7 +79,9 @@ def draw_leaves(steps: np.ndarray, leaf_norms: Mapping[str, np.ndarray]) -> Any:
         ends, np.arange(len(names) + 1), np.ma.masked_invalid(rows), norm=scale, cmap="viridis"
     )
     axes.set(xlabel="step")
-    axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize="small")
+    # A leaf may be called `$\frac{1$`: its name is text, neither a formula nor TeX.
+    plain: dict[str, Any] = {"fontsize": "small", "parse_math": False, "usetex": False}
+    axes.set_yticks(np.arange(len(names)) + 0.5, names, **plain)
     axes.invert_yaxis()
     figure.colorbar(mesh, label="gradient norm")
     return figure

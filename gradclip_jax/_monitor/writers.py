@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What a spreadsheet takes for the beginning of one."""
+
 Writer = Callable[[int, dict[str, float]], Any]
 
 
@@ -47,6 +50,9 @@ def to_tensorboard(directory: str | os.PathLike[str]) -> Writer:
 def to_csv(path: str | os.PathLike[str]) -> Writer:
     """Append rows to a CSV file: `step` and the keys of the first row, NaN for what is missing.
 
+    Names are quoted as RFC 4180 says. One that a spreadsheet would take for a formula, as it begins
+    with `=`, `+`, `-`, `@`, a tab or a carriage return, gets an apostrophe in front.
+
     Raises:
       ValueError: For a file that has other columns.
 
@@ -64,20 +70,30 @@ def to_csv(path: str | os.PathLike[str]) -> Writer:
 
     def write(step: int, row: dict[str, float]) -> None:
         if not columns:
-            columns.extend(["step", *sorted(row)])
-            known = place.read_text(encoding="utf-8").splitlines()[:1] if place.exists() else []
-            if known and known[0].split(",") != columns:
+            keys = sorted(row)
+            header = ["step", *("'" * key.startswith(FORMULA) + key for key in keys)]
+            known = _header(place)
+            if known and known != header:
                 raise ValueError(
                     f"`path` must be a new file or one with the columns of this run, got {place} "
-                    f"with {known[0]}."
+                    f"with {','.join(known)}."
                 )
             if not known:
                 with place.open("w", encoding="utf-8", newline="") as file:
-                    csv.writer(file).writerow(columns)
+                    csv.writer(file).writerow(header)
+            columns.extend(keys)
         with place.open("a", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerow([step, *(row.get(key, math.nan) for key in columns[1:])])
+            csv.writer(file).writerow([step, *(row.get(key, math.nan) for key in columns)])
 
     return write
+
+
+def _header(place: Path) -> list[str]:
+    """The names in a CSV file, which may be quoted and longer than a line; none without a file."""
+    if not place.exists():
+        return []
+    with place.open(encoding="utf-8", newline="") as file:
+        return next(csv.reader(file), [])
 
 
 def to_json_lines(path: str | os.PathLike[str]) -> Writer:

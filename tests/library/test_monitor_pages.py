@@ -1,5 +1,6 @@
 """What a monitor shows: pictures, one page that a browser opens offline, and rows in files."""
 
+import csv
 import importlib.util
 import json
 import re
@@ -62,6 +63,24 @@ def test_a_run_without_leaves_loss_or_limit_is_drawn_too(tmp_path):
         bare.plot_leaves()
     with pytest.raises(ValueError, match="nothing was recorded"):
         gradclip_jax.Monitor().plot()
+
+
+ODD_NAMES = [r"x$\frac{1$", "$a$", "under_score^2", "100 % of #1 & {2}", "a\\b", "<b>", "-->"]
+
+
+@plots
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_leaf_is_drawn_by_its_name_whatever_it_is(name, tmp_path):
+    """Two dollars begin a formula in matplotlib, where text is not said to be text."""
+    seen = gradclip_jax.Monitor()
+    seen.record(0, {"grad_norm": 1.0, f"grad_norm/{name}": 1.0})
+    figure = seen.plot_leaves(tmp_path / "leaves.svg")
+    (label,) = figure.axes[0].get_yticklabels()
+    assert label.get_text() == name
+    assert not label.get_parse_math()
+    assert not label.get_usetex()
+    seen.save_html(tmp_path / "run.html")
+    assert "<b>" not in (tmp_path / "run.html").read_text(encoding="utf-8")
 
 
 @plots
@@ -142,6 +161,28 @@ def test_a_csv_file_of_another_run_is_refused(tmp_path):
     seen = gradclip_jax.Monitor(writers=[gradclip_jax.to_csv(tmp_path / "rows.csv")])
     with pytest.raises(ValueError, match="with step,something"):
         seen.record(0, {"grad_norm": 1.0})
+
+
+@pytest.mark.parametrize("name", ["a,b", 'say "norm"', "two\nlines", "tab\tbed", "ünïcode", "'=x"])
+def test_a_csv_file_with_any_column_is_read_back_and_continued(name, tmp_path):
+    path = tmp_path / "rows.csv"
+    for step in range(2):  # the second time by another writer, as after a restart
+        gradclip_jax.to_csv(path)(step, {"grad_norm": 1.5, name: 2.0 + step})
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row[name]) for row in rows] == [2, 3]
+    assert [float(row["grad_norm"]) for row in rows] == [1.5, 1.5]
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+x", "-x", "@x", "\tx", "\rx", '=HYPERLINK("http://x")'])
+def test_a_column_is_no_formula_in_a_spreadsheet(name, tmp_path):
+    path = tmp_path / "rows.csv"
+    for step in range(2):
+        gradclip_jax.to_csv(path)(step, {name: -2.0})
+    with path.open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["step", "'" + name]
+    assert rows == [["0", "-2.0"], ["1", "-2.0"]]
 
 
 @pytest.mark.parametrize(
