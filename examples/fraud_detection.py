@@ -359,7 +359,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """The config in a file; what it leaves out is that of `fraud_detection.json`."""
     try:
         given = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"`--config` must be a JSON file, got {file}: {reason}.") from None
     config = json.loads(CONFIG.read_text(encoding="utf-8"))

@@ -298,7 +298,8 @@ def from_config(
     Raises:
       ValueError: For a method, a key or a name that does not exist, with the nearest that do; for
         two keys of one argument, an argument that is missing, or one that the strategy refuses;
-        for a file that is damaged.
+        for a file that is damaged; for one nested more than 100 levels deep, as a YAML alias is
+        that holds itself.
       FileNotFoundError: For a file that does not exist.
       ImportError: For a YAML file without PyYAML.
 
@@ -315,8 +316,10 @@ def from_config(
     >>> print(updates["w"], updates["b"])
     [0.6 0.8] [0.5]
     """
+    where = "`config`"
     if not isinstance(config, Mapping):
-        config = _read(config)
+        where, config = f"`config`: {str(config)!r}", _read(config)
+    _check_depth(config, where)
     method = config.get("method") if isinstance(config, Mapping) else None
     if isinstance(method, str) and method in ADVICE:
         raise ValueError(f"`{method}` {ADVICE[method]}")
@@ -516,6 +519,8 @@ def _read(path: Any) -> Any:
         text = path.read_text(encoding="utf-8")
         if suffix == ".json":
             return json.loads(text)
+    except RecursionError:
+        raise _too_deep(f"`config`: {str(path)!r}") from None
     except ValueError as error:  # of JSON and of UTF-8
         raise ValueError(f"`config`: {str(path)!r} is no JSON: {error}.") from error
     try:
@@ -527,8 +532,36 @@ def _read(path: Any) -> Any:
         ) from error
     try:
         return yaml.safe_load(text)
+    except RecursionError:
+        raise _too_deep(f"`config`: {str(path)!r}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"`config`: {str(path)!r} is no YAML: {error}.") from error
+
+
+DEEPEST = 100
+
+
+def _check_depth(config: Any, where: str) -> None:
+    """Raise for what holds itself, and what is nested so deeply that Python gives up."""
+    level = [config] if isinstance(config, Mapping | list) else []
+    for _ in range(DEEPEST):
+        # What is there twice, as a YAML alias, is looked at once.
+        inner = {
+            id(value): value
+            for each in level
+            for value in (each.values() if isinstance(each, Mapping) else each)
+            if isinstance(value, Mapping | list | tuple)
+        }
+        if not (level := list(inner.values())):
+            return
+    raise _too_deep(where)
+
+
+def _too_deep(where: str) -> ValueError:
+    return ValueError(
+        f"{where} must be nested at most {DEEPEST} levels deep, got more: has it an alias of what "
+        "holds that alias?"
+    )
 
 
 def _is_off(value: Threshold) -> bool:

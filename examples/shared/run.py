@@ -102,7 +102,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a file, refused by its name if it cannot be read."""
     try:
         content = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"`--out` must hold readable files, got {file}: {error}. Move it away, or give another "
             f"`--out`."

@@ -159,5 +159,8 @@ def test_a_config_that_is_missing_or_damaged_is_named(tmp_path, capsys):
     (tmp_path / "cut.json").write_text('{"data": {')
     assert fraud_detection.main(["--config", str(tmp_path / "cut.json")]) == 2
     assert "cut.json: Expecting property name" in capsys.readouterr().err
+    (tmp_path / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
+    assert fraud_detection.main(["--config", str(tmp_path / "deep.json")]) == 2
+    assert f"must be a JSON file, got {tmp_path / 'deep.json'}: " in capsys.readouterr().err
     assert fraud_detection.main(["--steps", "0"]) == 2
     assert "`--steps` must be at least 1, got 0." in capsys.readouterr().err

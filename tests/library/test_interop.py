@@ -554,6 +554,55 @@ def test_yaml_files(tmp_path):
         from_config(path)
 
 
+@pytest.mark.parametrize("suffix", [".json", ".yaml"])
+def test_a_config_that_is_nested_without_end_is_named(tmp_path, suffix):
+    """Of 100,000 levels Python's own parsers raise RecursionError."""
+    if suffix == ".yaml":
+        pytest.importorskip("yaml")
+    path = tmp_path / f"clip{suffix}"
+    path.write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(
+        ValueError, match=rf"`config`: .*clip{suffix}' must be nested at most 100 levels deep"
+    ):
+        from_config(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "&a\nmethod: clip_by_norm\nmax_norm: *a",
+        "method: clip_to_limit\nlimit: &a {method: minimum, a: 1.0, b: *a}",
+        "method: clip_to_limit\nlimit: &a [1, *a]",
+        "method: clip_by_norm\nmax_norm: &a {schedule: linear, init_value: *a}",
+        "&a\nmethod: clip_by_norm\n? [*a]\n: 1",
+    ],
+)
+def test_a_yaml_alias_of_what_holds_it_is_named(tmp_path, text):
+    pytest.importorskip("yaml")
+    path = tmp_path / "clip.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"`config`: .*clip.yaml' (must|is no YAML)"):
+        from_config(path)
+
+
+def test_a_dict_that_holds_itself_is_no_config():
+    config = {"method": "clip_to_limit"}
+    config["limit"] = config
+    with pytest.raises(ValueError, match=r"`config` must be nested at most 100 levels deep"):
+        from_config(config)
+
+
+def test_a_yaml_alias_that_is_used_twice_is_fine(tmp_path):
+    pytest.importorskip("yaml")
+    path = tmp_path / "clip.yaml"
+    path.write_text(
+        "method: clip_to_limit\nlimit:\n  method: minimum\n"
+        "  a: &a {method: median, window: 2}\n  b: *a\n"
+    )
+    limit = gradclip_jax.minimum(gradclip_jax.median(window=2), gradclip_jax.median(window=2))
+    assert_alike(from_config(path), gradclip_jax.clip_to_limit(limit))
+
+
 def test_yaml_without_its_package_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
     path = tmp_path / "clip.yml"
