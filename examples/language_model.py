@@ -33,17 +33,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from shared.command_line import InputError, Parser, console
+from shared.command_line import InputError, Parser, console, writing
 from shared.data import Corpus, WittenBell, load_corpus, segments, user_cache
 from shared.dialogues import KINDS, context, generated, questions, readable
 from shared.model import LanguageModel, replies, sample, score, train_step
 from shared.recurrent import CELLS
 from shared.run import (
     SCALARS,
+    Board,
     Checkpoints,
     History,
     Result,
-    board,
     finished,
     progress,
     report,
@@ -116,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
         for name in names:
             out = args.out / name if args.compare else args.out
             results.append(train(args, name, corpus, out))
-        report(results, baselines, args.out, settings(args, corpus))
+        with writing(args.out):
+            report(results, baselines, args.out, settings(args, corpus))
         if args.chat:
             chat(args, names[0], corpus, args.out / names[0] if args.compare else args.out)
     except InputError as error:
@@ -383,7 +384,7 @@ def train(args: argparse.Namespace, clip: str, corpus: Corpus, out: Path) -> Res
     pending: list[dict[str, jax.Array]] = []
     with (
         Checkpoints(out) as checkpoints,
-        board(out, step) as writer,
+        Board(out, step) as writer,
         progress(title, steps, step, tokens) as show,
     ):
         while step < steps:

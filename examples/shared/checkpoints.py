@@ -3,6 +3,7 @@
 Every process writes what it holds, and any number of devices reads it back as it needs it.
 """
 
+import json
 import zlib
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from .run import History, make_directory, read_json, unreadable, write_json
+from .command_line import writing
+from .run import (
+    History,
+    make_directory,
+    read_json,
+    unreadable,
+    unsaved,
+    write_json,
+)
 
 KEPT = 2
 FILES = "files.json"
@@ -30,7 +39,8 @@ class ShardedCheckpoints:
         self.folder = (out / "checkpoints").absolute()
         make_directory(out)
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        with writing(out):
+            self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "ShardedCheckpoints":
         return self
@@ -39,11 +49,12 @@ class ShardedCheckpoints:
         self.manager.close()
 
     def save(self, step: int, state: Any, history: History) -> None:
-        log = {"history": history, "checksum": checksum(state)}
+        log = {"history": history, "checksum": _digest(step, checksum(state), history)}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(_by_path(state)), log=ocp.args.JsonSave(log)
         )
-        self.manager.save(step, args=items)
+        with writing(self.folder, unsaved(self.folder.parent, step)):
+            self.manager.save(step, args=items)
         if jax.process_index() == 0:  # all processes have written when `save` returns
             folder = self.folder / str(step)
             write_json(
@@ -62,12 +73,13 @@ class ShardedCheckpoints:
         try:
             saved = self.manager.restore(step, args=items)
             restored = jax.tree.unflatten(jax.tree.structure(state), list(saved["state"].values()))
-            if checksum(restored) != saved["log"]["checksum"]:
+            history = saved["log"]["history"]
+            if _digest(step, checksum(restored), history) != saved["log"]["checksum"]:
                 raise ValueError("the checksum differs")
         except Exception as error:  # a damaged file fails in many ways, all with the same remedy
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
             raise unreadable(self.folder / str(step), earlier, reason) from error
-        return step, restored, saved["log"]["history"]
+        return step, restored, history
 
     def _damage(self, step: int) -> str:
         """Which file is not what was saved; looked at before orbax, which reads all at once and
@@ -93,6 +105,11 @@ def checksum(state: Any) -> int:
     by its place, so that exchanged ones are noticed.
     """
     return int(_checksum(jax.tree.leaves(state)))
+
+
+def _digest(step: int, arrays: int, history: History) -> int:
+    # The step is only the name of a directory, which may be renamed.
+    return zlib.crc32(json.dumps([step, arrays, history]).encode())
 
 
 @jax.jit

@@ -1,9 +1,13 @@
 """What every example's command line does alike: options, and refusals in one line."""
 
 import argparse
+import contextlib
+import errno
 import math
+import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +17,32 @@ console = Console(soft_wrap=True, highlight=False)
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message is all that needs to be shown."""
+
+
+@contextlib.contextmanager
+def writing(out: Path, what_now: str = "") -> Iterator[None]:
+    """Refuses in one line a disk that is full, or cannot be written, while a run writes there."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, InputError) or not (reason := _of_disk(error)):
+            raise
+        raise InputError(
+            f"`--out` must be a directory that can be written, got {out}: {reason}.{what_now}"
+        ) from None
+
+
+def _of_disk(error: BaseException | None) -> str:
+    """What the disk said at the beginning of an error, which orbax makes a ValueError; or ""."""
+    # Only what writing meets: a file that cannot be read is another story.
+    codes = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+    while error is not None:
+        known = re.search(r"os_error_code='(\d+)'", str(error))
+        code = int(known[1]) if known else getattr(error, "errno", None)
+        if code in codes:
+            return os.strerror(code)
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,7 +79,8 @@ def run(
         if args.out.exists() and not args.out.is_dir():
             raise InputError(f"`--out` must be a directory, got the file {args.out}.")
         check_number("seed", args.seed, 0)
-        main(args)
+        with writing(args.out):
+            main(args)
     except InputError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2

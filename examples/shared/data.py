@@ -236,12 +236,13 @@ def _paragraphs(doc: str) -> Iterator[str]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all, also when killed half-way."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        file.write(content)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
-        os.replace(file.name, path)
+        with open(handle, "wb") as file:
+            file.write(content)
+        os.replace(name, path)
     except OSError:
-        os.unlink(file.name)
+        os.unlink(name)
         raise
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .run import Checkpoints, History, board, progress, restore, saved_result, write_json
+from .run import Board, Checkpoints, History, progress, restore, saved_result, write_json
 
 # Scalars stay on the device for this many steps: fetching each at once would stall a fast one.
 FETCH_EVERY = 20
@@ -39,7 +39,8 @@ def train(
     counts for `per_step` units in the speed that is shown.
 
     Raises:
-      InputError: For a directory that holds another run, or a checkpoint that cannot be read.
+      InputError: For a directory that holds another run, a checkpoint that cannot be read, and a
+        disk that is full: the last checkpoint stays.
       KeyboardInterrupt: On Ctrl-C, when the state is saved.
     """
     saved_result(out, config)
@@ -48,7 +49,7 @@ def train(
     pending: list[dict[str, jax.Array]] = []
     with (
         Checkpoints(out) as checkpoints,
-        board(out, at) as writer,
+        Board(out, at) as writer,
         progress(title, steps, at, per_step, unit) as show,
         interruptions() as interrupted,
     ):

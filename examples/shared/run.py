@@ -20,11 +20,13 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
 
 import gradclip_jax
 
-from .command_line import InputError, console
+from .command_line import InputError, console, writing
 from .data import write_atomically
 from .results import save_results
 
@@ -32,9 +34,10 @@ SCALARS = ("loss", "grad_norm", "clip_limit", "clip_factor", "clipped")
 RECENT = 100  # steps over which the progress line averages
 PLAIN_LINE_SECONDS = 10.0  # between two lines where there is no terminal to draw a bar on
 History = dict[str, list]
-# Orbax warns of every checkpoint that is only read, and tensorboardX of every loss that is NaN.
+# Orbax warns of every checkpoint that is only read, and logs a traceback for each of its threads
+# that ends with the error it raises; tensorboardX warns of every loss that is NaN.
 for name in ("absl", "tensorboardX.x2num"):
-    logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 class Result(NamedTuple):
@@ -175,9 +178,10 @@ def _unpack(packed: np.ndarray, state: Any) -> Any:
     return jax.tree.unflatten(tree, keyed)
 
 
-def _digest(packed: np.ndarray, history: History) -> int:
-    # Compression alone does not notice every flipped bit.
-    return zlib.crc32(packed.tobytes(), zlib.crc32(json.dumps(history).encode()))
+def _digest(step: int, packed: np.ndarray, history: History) -> int:
+    # Compression alone does not notice every flipped bit, and the step is only the name of a
+    # directory: of a renamed one the run would go on with the wrong data.
+    return zlib.crc32(packed.tobytes(), zlib.crc32(json.dumps([step, history]).encode()))
 
 
 class Checkpoints:
@@ -191,7 +195,8 @@ class Checkpoints:
         self.folder = (out / "checkpoints").absolute()
         # Saving takes milliseconds at this size; in the background it would race with donation.
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        with writing(out):
+            self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -201,9 +206,19 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, history: History) -> None:
         packed = _pack(state)
-        log = {"history": history, "digest": _digest(packed, history)}
+        log = {"history": history, "digest": _digest(step, packed, history)}
         items = ocp.args.Composite(state=ocp.args.ArraySave(packed), log=ocp.args.JsonSave(log))
-        self.manager.save(step, args=items)
+        with writing(self.folder, unsaved(self.folder.parent, step)):
+            self.manager.save(step, args=items)
+
+
+def unsaved(out: Path, step: int) -> str:
+    """What is left where a checkpoint could not be written: those before it."""
+    steps = saved_steps(out)
+    return (
+        f" The checkpoint of step {step} is not saved; with room for it, the same command goes on "
+        f"from {f'step {steps[-1]}' if steps else 'the start'}."
+    )
 
 
 def restore(out: Path, state: Any, history: History) -> tuple[int, Any, History]:
@@ -221,7 +236,7 @@ def restore(out: Path, state: Any, history: History) -> tuple[int, Any, History]
             if not (steps := sorted(manager.all_steps())):  # one that was never finished
                 return 0, state, history
             saved = manager.restore(steps[-1], args=items)
-        if saved.log["digest"] != _digest(saved.state, saved.log["history"]):
+        if saved.log["digest"] != _digest(steps[-1], saved.state, saved.log["history"]):
             raise ValueError("the checksum differs")
         return steps[-1], _unpack(saved.state, state), saved.log["history"]
     except Exception as error:  # a damaged file fails in many ways, all with the same remedy
@@ -238,11 +253,39 @@ def unreadable(checkpoint: Path, earlier: list[int], reason: str) -> InputError:
     )
 
 
-@contextlib.contextmanager
-def board(out: Path, step: int) -> Iterator[SummaryWriter]:
-    """TensorBoard scalars in `out`; what lies beyond `step` belongs to a run that was killed."""
-    with SummaryWriter(str(out), purge_step=step + 1) as writer:
-        yield writer
+class Board:
+    """TensorBoard scalars in `out`; what lies beyond `step` belongs to a run that was killed.
+
+    Written here and now: the thread of a `SummaryWriter` dies of a full disk, and then the run
+    waits forever for it to take a scalar.
+    """
+
+    def __init__(self, out: Path, step: int):
+        self.out, event = out, vars(event_pb2)["Event"]
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            self._file = EventsWriter(str(out / "events"))
+            start = vars(event_pb2)["SessionLog"](status=1)
+            self._file.write_event(event(step=step + 1, session_log=start))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        event = vars(event_pb2)["Event"](
+            wall_time=time.time(), step=step, summary=scalar(name, value)
+        )
+        with writing(self.out):
+            self._file.write_event(event)
+
+    def flush(self) -> None:
+        with writing(self.out):
+            self._file.flush()
+
+    def __enter__(self) -> "Board":
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        # A full disk was told already where it ended the run.
+        with contextlib.suppress(*([OSError] if kind else [])), writing(self.out):
+            self._file.close()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The Transformer on a mesh: every style is one device, several processes are one program."""
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import sharded_transformer
 from conftest import make_mesh
@@ -249,6 +251,35 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(finished, text, tmp_path, 
     )
     assert "move that directory away to continue from step 2" in line
     assert contents(out) == before
+
+
+def test_a_checkpoint_of_another_step_is_refused(finished, text, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "result.json").unlink()
+    (out / "checkpoints" / "3").rename(out / "checkpoints" / "7")
+    line = refusal(capsys, options(text, out, *EVERY_STEP, steps=3))
+    assert f"got {out}/checkpoints/7: the checksum differs." in line
+    assert "continue from step 2" in line
+
+
+def test_a_full_disk_is_told_in_one_line_and_the_last_checkpoint_stays(
+    finished, text, tmp_path, monkeypatch, capsys
+):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "result.json").unlink()
+    shutil.rmtree(out / "checkpoints" / "3")
+    before = contents(out / "checkpoints")
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    line = refusal(capsys, options(text, out, *EVERY_STEP))
+    assert f"can be written, got {out}/checkpoints: No space left on device. The" in line
+    assert "The checkpoint of step 3 is not saved;" in line
+    assert "goes on from step 2." in line
+    assert contents(out / "checkpoints") == before
 
 
 def test_a_finished_run_is_reported_again_and_another_refused(finished, text, capsys):
