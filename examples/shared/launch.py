@@ -1,6 +1,7 @@
 """Several processes as one program: start them here, join them anywhere, end them together."""
 
 import argparse
+import errno
 import os
 import signal
 import socket
@@ -65,7 +66,7 @@ def check_options(args: argparse.Namespace) -> None:
             f"got {args.process_id} of {args.processes}."
         )
     host, _, port = args.coordinator.rpartition(":")
-    if not (host and port.isdigit()):
+    if not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
         raise InputError(f"`--coordinator` must look like host:port, got {args.coordinator!r}.")
 
 
@@ -105,8 +106,12 @@ def launch(args: argparse.Namespace, argv: list[str], resumes: Callable[[], str]
                 ended = {i: child.returncode for i, child in enumerate(children)}
                 first = min((i for i in ended if ended[i]), key=lambda i: _consequence(ended[i]))
                 status = ended[first]
-                print(f"Process {first} of {count} {_how(status, logs[first])}\n"
-                      f"The others were ended with it. {resumes()}", file=sys.stderr)  # fmt: skip
+                hung = _hung(ended, logs)
+                who = f"Process {first} of {count} {_how(status, logs[first])}"
+                if hung is not None:
+                    who = (f"Process {hung} of {count} hangs: it gave no sign of life for "
+                           f"{HEARTBEAT_SECONDS} seconds; see {logs[hung]}.")  # fmt: skip
+                print(f"{who}\nThe others were ended with it. {resumes()}", file=sys.stderr)
                 return max(status, 1)
             time.sleep(0.05)
     except KeyboardInterrupt:
@@ -126,6 +131,8 @@ def join(args: argparse.Namespace) -> None:
         # Gloo tells on the standard output of each connection it makes: that goes to the log.
         sys.stdout = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
+    if args.coordinator and args.process_id == 0:
+        _check_port(args.coordinator, args.launched)
     if args.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
@@ -182,6 +189,28 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
+def _check_port(address: str, launched: bool) -> None:
+    """Raises InputError for a port that process 0 cannot have: jax ends of it in a crash."""
+    port = int(address.rpartition(":")[2])
+    for family, every in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+        try:
+            with socket.socket(family) as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:  # or it would take the other family's as well
+                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                listener.bind((every, port))
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                continue  # a machine without IPv6
+            how = "another program took it: give the command again" if launched else (
+                "give another one to all processes"
+            )  # fmt: skip
+            raise InputError(
+                f"`--coordinator` must be a free port of process 0, got {address}: "
+                f"{error.strerror}; {how}."
+            ) from None
+
+
 def _wait(children: list[subprocess.Popen], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while any(child.poll() is None for child in children) and time.monotonic() < deadline:
@@ -195,6 +224,18 @@ def _consequence(status: int) -> int:
     if status == -signal.SIGABRT:  # as jax does to a process whose coordinator is gone
         return 3
     return 1 if status < 0 else 2  # killed from outside; an error, as of a closed connection
+
+
+def _hung(ended: dict[int, int | None], logs: list[Path]) -> int | None:
+    """The process that others missed: it still runs, and jax ended them for its silence."""
+    alive = [i for i, status in ended.items() if status is None]
+    missed = all(
+        status == -signal.SIGABRT and b"heartbeat" in logs[i].read_bytes().lower()
+        for i, status in ended.items()
+        if status
+    )
+    # Process 0 is asked for signs of life: while it runs, it is the one that gave none.
+    return alive[0] if alive and missed else None
 
 
 def _end_with_launcher() -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +22,9 @@ import sharded_transformer
 from conftest import make_mesh
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
+from shared import launch
 from shared.checkpoints import checksum
+from shared.command_line import InputError
 from shared.parallel import STYLES, Style
 from shared.transformer import next_token_loss
 
@@ -315,6 +318,8 @@ def test_a_finished_run_is_reported_again_and_another_refused(finished, text, ca
         (["--coordinator", "a:1", "--process-id", "2", "--processes", "2"], "got 2 of 2"),
         (["--coordinator", "a", "--process-id", "0", "--processes", "2"], "host:port, got 'a'"),
         (["--distributed", "--processes", "2"], "`--distributed` finds processes by itself"),
+        (["--coordinator", "a:0", "--process-id", "0", "--processes", "2"], "host:port, got 'a:0'"),
+        (["--coordinator", "a:65536", "--process-id", "0", "--processes", "2"], "got 'a:65536'"),
         (["--data", "nowhere"], "`--data` must be a file or a directory that exists, got nowhere"),
         (["--context", "600"], "`--data` must hold more than context + 1 = 601 characters for val"),
     ],
@@ -429,6 +434,59 @@ def test_a_process_that_is_refused_ends_the_others_and_is_quoted(two_processes, 
     assert run.returncode == 2
     assert "failed: Process" in errors
     assert "`--mesh` data=2,model=2 needs 4 devices, there are 8 in 2 process(es)" in errors
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_port_that_is_taken_is_named_before_jax_crashes_of_it(
+    text, tmp_path, capsys, family, launched
+):
+    place = "127.0.0.1" if family == socket.AF_INET else "::1"
+    with socket.socket(family) as taken:
+        try:
+            taken.bind((place, 0))
+        except OSError:
+            pytest.skip("no IPv6 on this machine")
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = ["--coordinator", address, "--process-id", "0", "--processes", "2"]
+        if launched:
+            with pytest.raises(InputError, match="another program took it: give the command again"):
+                launch._check_port(address, launched=True)
+        else:
+            line = refusal(capsys, options(text, tmp_path / "run", *command))
+            assert f"`--coordinator` must be a free port of process 0, got {address}: " in line
+            assert "Address already in use; give another one to all processes." in line
+    launch._check_port(address, launched=False)  # free again
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_process_that_hangs_is_named_and_not_the_one_that_missed_it(
+    two_processes, tmp_path, which
+):
+    run = start(two_processes(tmp_path / "run", steps=10_000))
+    started = pids("".join(run.stdout.readline() for _ in range(2)))
+    wait_for(tmp_path / "run" / "checkpoints" / "2", run)
+    os.kill(started[which], signal.SIGSTOP)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 1
+    log = tmp_path / "run" / f"process-{which}.log"
+    assert (
+        f"Process {which} of 2 hangs: it gave no sign of life for 20 seconds; see {log}." in errors
+    )
+    assert "was killed" not in errors
+    assert not any(map(alive, started))
+
+
+def test_a_crash_of_its_own_is_no_hanging_of_another(tmp_path):
+    logs = [tmp_path / "0.log", tmp_path / "1.log"]
+    for log, said in zip(logs, ("", "free(): invalid pointer"), strict=True):
+        log.write_text(said)
+    assert launch._hung({0: None, 1: -signal.SIGABRT}, logs) is None
+    logs[1].write_text("RPC: /xla.coordination.CoordinationService/Heartbeat")
+    assert launch._hung({0: None, 1: -signal.SIGABRT}, logs) == 0
+    assert launch._hung({0: -signal.SIGABRT, 1: -signal.SIGABRT}, logs) is None
+    assert launch._hung({0: None, 1: -signal.SIGKILL}, logs) is None
 
 
 def slurm(text: Path, out: Path, *more: list[str], steps: int = 2) -> list[subprocess.Popen]:
