@@ -24,7 +24,7 @@ class Alert:
 
     Attributes:
       kind: One of `nonfinite`, `limit_too_low`, `limit_inert`, `norm_growing`, `loss_spike`,
-        `diverged`, `dominating_leaf`, `frozen` and `not_reduced`.
+        `diverged`, `dominating_leaf`, `frozen`, `not_reduced` and `behind_optimizer`.
       step: Step of the record that raised it.
       since: First step at which the condition held, as far as the records tell.
       message: What was seen, with its numbers.

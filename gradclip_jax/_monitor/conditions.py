@@ -111,9 +111,11 @@ class LimitInert:
             self._first.first,
             f"The clip has not acted once in {updates} updates: the limit is {row.clip_limit:.3g}, "
             f"the largest norm seen {self._largest:.3g}.",
-            "As a safety net that is harmless, but the run is one without a clip. To hold back "
-            "the largest norms, lower the limit to what `Monitor.suggest()` says; to measure "
-            "alone, give `max_norm=inf`.",
+            "Look first whether it stands behind the optimizer: there it sees steps of the size of "
+            "the learning rate and not gradients, and belongs in front, `optax.chain(clip, "
+            "optimizer)`. In front of it, it is a harmless safety net, but the run is one without "
+            "a clip. To hold back the largest norms, lower the limit to what `Monitor.suggest()` "
+            "says; to measure alone, give `max_norm=inf`.",
         )
 
 

@@ -70,6 +70,52 @@ class Frozen:
         return row.step - since >= self.STEPS and records >= self.RECORDS
 
 
+def reached_more(values: Mapping[str, np.ndarray]) -> np.ndarray:
+    """At which steps ten times the norm that the clip saw reached the optimizer.
+
+    A clip does not enlarge, so that something else reached it than what the clip returned.
+    """
+    norm, update = (values.get(key, np.full(1, math.nan)) for key in ("grad_norm", "update_norm"))
+    factor = values.get("clip_factor", np.ones(1))
+    return (
+        (norm > 0) & (factor <= 1) & np.isfinite(update) & (update > BehindOptimizer.TIMES * norm)
+    )
+
+
+class BehindOptimizer:
+    """The clip sees steps, of the size of the learning rate, and not gradients."""
+
+    TIMES = 10.0
+    """Weight decay and noise between clip and optimizer add less, as a rule."""
+    RECORDS = 3
+
+    def __init__(self):
+        self._seen, self._since = 0, 0
+
+    def __call__(self, row: Row, recent: Recent) -> Seen | None:
+        """Hold from the third record in a row on at which it was so."""
+        values, more = row.values, reached_more(row.values)
+        if not more.all():
+            self._seen = 0
+            return None
+        if not self._seen:
+            self._since = row.first
+        self._seen += row.seen
+        if self._seen < self.RECORDS:
+            return None
+        norm, update = (float(values[key][-1]) for key in ("grad_norm", "update_norm"))
+        return Seen(
+            self._since,
+            f"The clip saw a norm of {norm:.3g} at step {row.step}, and {update:.3g} reached the "
+            "optimizer: at least ten times as much, as in every record since step "
+            f"{self._since}, though a clip enlarges nothing.",
+            "The clip stands behind the optimizer, where it sees steps of the size of the learning "
+            "rate and holds back no gradient: put it first, `optax.chain(clip, optimizer)`, and "
+            "choose its limit there. Else it sees few of the leaves (`optax.masked`, "
+            "`optax.partition`), or `update_norm` is that of the optimizer's own steps.",
+        )
+
+
 class NotReduced:
     """The limit was exceeded, and what reached the optimizer is above it: a clip that is none."""
 
@@ -101,6 +147,7 @@ class NotReduced:
         over = np.isfinite(norm) & (norm > 1.01 * limit) & (clipped > 0) & (factor >= 1)
         if update is not None:
             over = over | self._above(values, norm, limit, update, grouped)
+            over = over & ~reached_more(values)  # told by `BehindOptimizer`
         seen = None
         for i in np.flatnonzero(over).tolist():
             step = row.steps[i - over.size]

@@ -26,7 +26,7 @@ from .conditions import (
     NormGrowing,
 )
 from .fetch import Fetch
-from .miswired import Frozen, NotReduced
+from .miswired import BehindOptimizer, Frozen, NotReduced
 from .page import page
 from .plots import draw_histogram, draw_leaves, draw_norms
 from .suggest import Fired, Suggestion, check_candidates, fired_at, suggest_max_norm
@@ -68,6 +68,10 @@ class Monitor:
     | `dominating_leaf` | one leaf has 95 % of the squared norm, over 20 records |
     | `frozen` | the counter of updates, or the norm, has stood still for 100 steps |
     | `not_reduced` | the limit was exceeded, and what reached the optimizer is above it |
+    | `behind_optimizer` | ten times the norm that the clip saw reached the optimizer, thrice |
+
+    The last one needs `update_norm` in `record`; without it a clip behind the optimizer looks like
+    one whose limit is too high, and `limit_inert` says to look at its place first.
 
     Args:
       max_rate: Clip rate above which the limit is too low, in (0, 1]; 1 never tells, as is right
@@ -134,6 +138,7 @@ class Monitor:
                 "dominating_leaf": DominatingLeaf(),
                 "frozen": Frozen(),
                 "not_reduced": NotReduced(),
+                "behind_optimizer": BehindOptimizer(),
             },
             self._window,
         )

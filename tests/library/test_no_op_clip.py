@@ -147,6 +147,65 @@ def test_each_clip_that_does_nothing_is_named(bug):
     assert alert.step <= 3
 
 
+def behind(optimizer, limit, told=True):
+    """The alerts of a clip that stands behind the optimizer: it sees steps, not gradients."""
+    alerts = []
+    monitor = Monitor(on_alert=alerts.append)
+    chain = optax.chain(optimizer, clip_by_global_norm(limit))
+    params, state = START, chain.init(START)
+
+    @jax.jit
+    def train(params, state, step):
+        grads = gradients(params, step)
+        updates, state = chain.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, global_norm(grads)
+
+    for step in range(240):
+        params, state, norm = train(params, state, step % 120)
+        monitor.record(step, metrics(state), update_norm=norm if told else None)
+    monitor.flush()
+    return alerts
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(RATE), optax.adam(1e-3)], ids=["sgd", "adam"])
+@pytest.mark.parametrize("limit", [1000.0, 10.0, 1.0, 1e-5])
+def test_a_clip_behind_the_optimizer_is_said_to_stand_there(optimizer, limit, standard_promotion):
+    first, *more = behind(optimizer, limit)
+    assert (first.kind, first.step, first.since) == ("behind_optimizer", 2, 0)
+    assert "reached the optimizer: at least ten times as much" in first.message
+    assert "The clip stands behind the optimizer" in first.advice
+    assert "`optax.chain(clip, optimizer)`" in first.advice
+    expected = "limit_too_low" if limit < 1e-3 else "limit_inert"
+    assert {alert.kind for alert in more} <= {expected}
+
+
+def test_weight_decay_and_normalising_are_no_clip_behind_the_optimizer():
+    monitor = Monitor(on_alert=lambda alert: None)
+    for step in range(10):  # twice as much by weight decay; 50 times by a clip that enlarges
+        norm = 1.0 + 0.1 * step
+        numbers = {"grad_norm": norm, "clip_limit": 100.0, "clip_factor": 1.0, "clipped": 0.0}
+        monitor.record(2 * step, numbers, update_norm=2 * norm)
+        enlarged = numbers | {"clip_factor": 100 / norm}
+        monitor.record(2 * step + 1, enlarged, update_norm=100.0)
+    assert monitor.alerts == []
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(RATE), optax.adam(1e-3)], ids=["sgd", "adam"])
+def test_without_the_norm_that_reached_the_optimizer_its_place_is_the_first_to_check(
+    optimizer, standard_promotion
+):
+    (alert,) = behind(optimizer, 100.0, told=False)
+    assert alert.kind == "limit_inert"
+    where = alert.advice.index("behind the optimizer")
+    assert where < alert.advice.index("lower the limit")
+
+
+def test_a_clip_that_does_not_act_before_the_optimizer_is_not_said_to_stand_behind_it():
+    monitor = Monitor(on_alert=lambda alert: None)
+    run(monitor, RIGHT, clip_by_global_norm(1e6))
+    assert monitor.alerts == []
+
+
 def test_a_factor_that_is_logged_but_not_applied_needs_no_norm_of_the_update():
     alerts = []
     monitor = Monitor(on_alert=alerts.append)
