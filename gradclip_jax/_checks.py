@@ -1,7 +1,9 @@
 """Numbers that users give, checked once, where they enter; never a traced value."""
 
+import inspect
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +19,10 @@ def check_threshold(name: str, value: Threshold) -> Threshold:
     """Return a threshold that may be used, None as infinity; raise for one that may not."""
     if value is None:
         return math.inf
-    if callable(value) or isinstance(value, Tracer):
+    if isinstance(value, Tracer):
         return value
+    if callable(value):
+        return _checked_schedule(name, value)
     kind = "a non-negative number, a scalar array, a schedule or None"
     is_array = isinstance(value, np.ndarray | np.generic | jax.Array)
     if is_array and (value.shape != () or not jnp.issubdtype(value.dtype, jnp.number)):
@@ -27,22 +31,55 @@ def check_threshold(name: str, value: Threshold) -> Threshold:
         raise ValueError(f"`{name}` must be {kind}, got {value!r}.")
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         return value
-    if jnp.iscomplexobj(value) or math.isnan(value):
+    if (is_array and jnp.iscomplexobj(value)) or math.isnan(_as_float(value)):
         raise ValueError(f"`{name}` must be {kind}, got {value!r}.")
-    if float(value) < 0:
+    if _as_float(value) < 0:
         raise ValueError(f"`{name}` must be non-negative, got {value!r}.")
-    return value
+    return value if isinstance(value, jax.Array) else _as_float(value)
 
 
-def negated(name: str, value: Threshold) -> Threshold:
-    """Minus a threshold, so that a lower bound is checked and scheduled as an upper one is."""
+def check_lower_bound(name: str, value: Threshold) -> Threshold:
+    """Minus a lower bound, which is checked and scheduled as an upper one is."""
+    if isinstance(value, Tracer):
+        return -value
     if callable(value):
-        return lambda count: -jnp.asarray(value(count))
-    if value is None or isinstance(value, bool | str):
+        schedule = _checked_schedule(name, value)
+        return lambda count: -jnp.asarray(schedule(count))
+    rule = (
+        f"`{name}` must be a lower bound where `upper` is given, a number at most 0, a scalar "
+        f"array or a schedule, got {value!r}: leave `upper` out to clip between -{name} and {name}."
+    )
+    if value is None or isinstance(value, bool):
+        raise ValueError(rule)
+    if jnp.issubdtype(getattr(value, "dtype", float), jnp.unsignedinteger):
+        value = value.astype(np.float32)  # minus 1 would wrap to a bound that is huge
+    try:
+        return check_threshold(name, -value)
+    except (ValueError, TypeError) as error:
+        raise ValueError(rule) from error
+
+
+def _checked_schedule(name: str, schedule: Callable[..., Any]) -> Callable[[Any], Any]:
+    """A schedule that says by the name of its argument what it must not return."""
+    if not takes(schedule, 0) or accepts(schedule, "axis_name"):
         raise ValueError(
-            f"`{name}` must be a number at most 0, an array or a schedule, got {value!r}."
+            f"`{name}` must be a number, a scalar array, a schedule or None, got the function "
+            f"`{_name(schedule)}`: a schedule is a function of the number of updates alone. Pass a "
+            "measure as `measure` and a response as `response`."
         )
-    return -value
+
+    def checked(count: Any) -> Any:
+        value = schedule(count)
+        if isinstance(value, np.ndarray | np.generic | jax.Array):
+            is_real = any(jnp.issubdtype(value.dtype, k) for k in (jnp.floating, jnp.integer))
+            if not is_real or value.shape != ():
+                got = f"an array {value.dtype}{list(value.shape)}"
+                raise ValueError(f"`{name}` must be a schedule of real scalars, got {got}.")
+        elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ValueError(f"`{name}` must be a schedule of real scalars, got {value!r}.")
+        return value if isinstance(value, jax.Array) else _as_float(value)
+
+    return checked
 
 
 def check_number(name: str, value: Any, rule: str, least: float, most: float = math.inf) -> Any:
@@ -56,9 +93,18 @@ def check_number(name: str, value: Any, rule: str, least: float, most: float = m
             return value
     else:
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not least <= float(value) <= most:
+    number = _as_float(value) if is_number else math.nan
+    if not math.isfinite(number) or not least <= number <= most:
         raise ValueError(f"`{name}` must {rule}, got {value!r}.")
-    return value
+    return value if isinstance(value, jax.Array) else number
+
+
+def _as_float(value: Any) -> float:
+    """A real number as jax takes it: of Fractions it takes none, and it wraps large integers."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def check_percentile(percentile: Any) -> Any:
@@ -83,7 +129,8 @@ def check_steps(name: str, value: Any) -> Any:
     rule = "be a whole number of at least 1"
     if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral | Tracer):
         raise ValueError(f"`{name}` must {rule}, got {value!r}.")
-    return check_number(name, value, rule, 1)
+    steps = check_number(name, value, rule, 1)
+    return _below_counters(name, int(steps)) if isinstance(steps, float) else steps
 
 
 def check_whole_number(name: str, value: Any, least: int = 1) -> int:
@@ -95,4 +142,44 @@ def check_whole_number(name: str, value: Any, least: int = 1) -> int:
             f"`{name}` must be a whole number of at least {least}, got {value!r}"
             f"{hint if isinstance(value, jax.Array) else ''}."
         )
-    return int(value)
+    return _below_counters(name, int(value))
+
+
+def _below_counters(name: str, value: int) -> int:
+    if value >= 2**31:
+        raise ValueError(f"`{name}` must be below 2**31, where counters stop, got {value}.")
+    return value
+
+
+def check_transformation(name: str, value: Any, what: str, fix: str = "") -> None:
+    """Raise for what is no transformation of optax, such as a factory that was not called."""
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        raise ValueError(f"`{name}` must be {what} of optax, got {value!r}{fix}.")
+
+
+def takes(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> bool:
+    """Whether a function can be called so; also where its signature does not tell."""
+    signature = _signature(function)
+    try:
+        if signature is not None:
+            signature.bind(*arguments, **keywords)
+    except TypeError:
+        return False
+    return True
+
+
+def accepts(function: Callable[..., Any], keyword: str) -> bool:
+    """Whether a function names an argument so in its signature."""
+    signature = _signature(function)
+    return signature is not None and keyword in signature.parameters
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (ValueError, TypeError):  # of what is not written in Python
+        return None
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", repr(function))

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._checks import check_transformation
 from .._clip import check_trees
-from .error_feedback import added, cast_like, check_clip, is_none, merged, zeros_like
+from .error_feedback import added, cast_like, is_none, merged, zeros_like
 
 
 class Clip21State(NamedTuple):
@@ -58,7 +59,7 @@ def clip21(clip: optax.GradientTransformation) -> optax.GradientTransformationEx
     Clipping*, 2023, https://arxiv.org/abs/2305.18929, the method for one node; for the gradient
     of each of several nodes, put it before the mean over them.
     """
-    check_clip(clip)
+    check_transformation("clip", clip, "a transformation")
     clip = optax.with_extra_args_support(clip)
 
     def init(params: Any) -> Clip21State:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import Threshold, check_threshold
+from .._checks import Threshold, check_threshold, check_transformation
 from .._clip import check_trees, init_threshold, named_strategy, read_threshold
 from .._devices import AxisName, varying_like
 from .._limits import constant
@@ -76,7 +76,7 @@ def error_feedback(
     Elesedy, Hutter, *U-Clip: On-Average Unbiased Stochastic Gradient Clipping*, 2023,
     https://arxiv.org/abs/2302.02971, the U-Clip update. The bound on the carry is ours.
     """
-    check_clip(clip)
+    check_transformation("clip", clip, "a transformation")
     limit = constant(check_threshold("max_carry", max_carry))
     clip = optax.with_extra_args_support(clip)
 
@@ -112,12 +112,6 @@ def _held(carry: Any, limit: jax.Array, axis_name: AxisName) -> Any:
     parts = [*factors(norm, varying_like(limit, norm), shrink), jnp.isfinite(norm)]
     held = rescale(leaves, *([part] * len(leaves) for part in parts), on_nonfinite="zero")
     return treedef.unflatten(held)
-
-
-def check_clip(clip: Any) -> None:
-    """Raise for what is no transformation."""
-    if not (hasattr(clip, "init") and hasattr(clip, "update")):
-        raise ValueError(f"`clip` must be a transformation of optax, got {clip!r}.")
 
 
 def is_none(x: Any) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from .._checks import Threshold, check_whole_number
+from .._checks import Threshold, check_transformation, check_whole_number
 from .._clip import check_trees, counted, known_norm, measured_types, named_strategy
 from .._devices import AxisName, changed_in_place, filled_like, varying_like
 from .._limits import Limit, as_limit, constant, observe
@@ -172,8 +172,7 @@ def _skip(
     *,
     rescales: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise ValueError(f"`inner` must be an optimizer of optax, got {inner!r}.")
+    check_transformation("inner", inner, "an optimizer")
     max_consecutive = check_whole_number("max_consecutive", max_consecutive)
     if isinstance(inner, optax.MultiSteps):  # which is none, but takes extra arguments
         inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)

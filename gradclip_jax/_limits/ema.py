@@ -74,8 +74,8 @@ def ema(
     if target is not None:
         if not isinstance(target, tuple) or len(target) != 2:
             raise ValueError(f"`target` must be None or a pair (ratio, decay), got {target!r}.")
-        check_above("target[0]", target[0], 0)
-        check_between_0_and_1("target[1]", target[1])
+        times = check_above("target[0]", target[0], 0)
+        target = times, check_between_0_and_1("target[1]", target[1])
 
     def init(norm: jax.Array) -> EmaState:
         return EmaState(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import Threshold, check_threshold, negated
+from .._checks import Threshold, check_lower_bound, check_threshold
 from .._clip import (
     check_trees,
     init_threshold,
@@ -68,7 +68,7 @@ def clip_by_value(
     if upper is None:
         down = up = constant(check_threshold("limit", limit))
     else:
-        down = constant(check_threshold("-limit", negated("limit", limit)))
+        down = constant(check_lower_bound("limit", limit))
         up = constant(check_threshold("upper", upper))
     fill = jnp.nan if on_nonfinite == "propagate" else 0.0
     clamp = functools.partial(clamped, fill=fill)

@@ -41,10 +41,15 @@ def test_clip_by_value_between_unequal_bounds():
     ("bounds", "message"),
     [
         ((-1.0,), r"`limit` must be non-negative, got -1\.0"),
-        ((0.5, 1.0), r"`-limit` must be non-negative, got -0\.5"),
+        ((0.5, 1.0), r"`limit` must be a lower bound .* got 0\.5: leave `upper` out"),
+        ((False, 1.0), "`limit` must be a lower bound"),
+        ((jnp.uint32(1), 1.0), "`limit` must be a lower bound"),
+        ((None, 1.0), "`limit` must be a lower bound where `upper` is given, .* got None"),
+        ((np.uint32(1), 1.0), r"`limit` must be a lower bound .* got "),
+        ((jnp.ones(1), 1.0), r"`limit` must be a lower bound .* got Array\("),
         ((-1.0, -0.5), r"`upper` must be non-negative, got -0\.5"),
-        (("-1", 1.0), r"`limit` must be a number at most 0, .* got '-1'"),
-        ((float("nan"), 1.0), r"`-limit` must be a non-negative number"),
+        (("-1", 1.0), r"`limit` must be a lower bound .* a number at most 0, .* got '-1'"),
+        ((float("nan"), 1.0), r"`limit` must be a lower bound .* got nan"),
     ],
 )
 def test_clip_by_value_refuses_bounds_on_the_wrong_side_of_zero(bounds, message):

@@ -1,11 +1,15 @@
 """Limits on plain lists of numbers."""
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from gradclip_jax import Limit, constant, maximum, minimum
+import gradclip_jax
+from gradclip_jax import Limit, clip_to_limit, constant, ema, growth, maximum, minimum, zscore
 from gradclip_jax._limits import observe
 
 
@@ -92,6 +96,56 @@ def test_a_constant_that_may_not_be_raises(bad):
         return
     with pytest.raises(ValueError, match="`limit` must be"):
         constant(bad)
+
+
+LARGE = [5_000_000_000, np.int64(3_000_000_000), np.uint64(2**63), np.array(5_000_000_000)]
+
+
+@pytest.mark.parametrize("number", [*LARGE, 10**400, np.longdouble("1e400")], ids=type)
+def test_a_large_number_is_a_limit_as_large_and_never_wraps(number):
+    """In int32 3,000,000,000 wraps to a negative number, and 2**63 to 0: both zero the update."""
+    expected = float(np.float32(number)) if number < 2**64 else np.inf
+    assert limits_of(constant(number), [1.0])[0] == [expected]
+    assert limits_of(constant(lambda count: number), [1.0])[0] == [expected]
+
+
+def test_a_fraction_is_its_value():
+    assert limits_of(constant(Fraction(1, 2)), [1.0])[0] == [0.5]
+    assert limits_of(constant(lambda count: Fraction(1, 2)), [1.0])[0] == [0.5]
+    half = Fraction(3, 2)
+    for limit in (zscore(half), growth(half), ema(half, target=(half, Fraction(9, 10)))):
+        assert limits_of(limit, [1.0, 2.0])[1]
+
+
+@pytest.mark.parametrize(
+    "value", [jnp.ones(1), None, 1 + 0j, jnp.complex64(1), "1", True, jnp.array(True)], ids=str
+)
+def test_a_schedule_of_what_is_no_real_scalar_raises_and_is_named(value):
+    clip = gradclip_jax.clip_by_global_norm(lambda count: value)
+    grads = jnp.array([3.0, 4.0])
+    with pytest.raises(ValueError, match=r"^`max_norm` must be a schedule of real scalars, got "):
+        clip.update(grads, clip.init(grads))
+    clip = gradclip_jax.clip_by_value(lambda count: value, 2.0)
+    with pytest.raises(ValueError, match=r"^`limit` must be a schedule of real scalars, got "):
+        clip.update(grads, clip.init(grads))
+
+
+@pytest.mark.parametrize(
+    "function", [gradclip_jax.leaf_norms, gradclip_jax.shrink, gradclip_jax.clip_by_norm, Limit]
+)
+def test_a_measure_a_response_or_a_clip_is_no_schedule(function):
+    with pytest.raises(ValueError, match=rf"`limit` must be .* the function `{function.__name__}`"):
+        clip_to_limit(function)
+    with pytest.raises(ValueError, match=r"`max_norm` must be .* Pass a measure as `measure`"):
+        gradclip_jax.clip_by_global_norm(function)
+
+
+@pytest.mark.parametrize("bad", [2**31, np.int64(2**31), 10**400])
+def test_counts_beyond_where_counters_stop_raise(bad):
+    with pytest.raises(ValueError, match="`warmup_steps` must be"):
+        ema(warmup_steps=bad)
+    with pytest.raises(ValueError, match=r"^`max_consecutive` must be below 2\*\*31"):
+        gradclip_jax.skip_nonfinite(optax.sgd(0.1), max_consecutive=bad)
 
 
 def test_the_message_names_argument_rule_and_value():
