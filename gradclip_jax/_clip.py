@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._checks import takes
 from ._devices import (
     AxisName,
     any_device,
@@ -19,7 +20,15 @@ from ._devices import (
 )
 from ._limits import Limit, as_limit, observe
 from ._norms import GroupNorms, global_norm, in_rows, is_gradient, norm_dtype, spread
-from ._rescale import OnNonfinite, Response, check_on_nonfinite, factors, rescale, shrink
+from ._rescale import (
+    OnNonfinite,
+    Response,
+    check_on_nonfinite,
+    check_response,
+    factors,
+    rescale,
+    shrink,
+)
 
 Measure = Callable[..., Any]
 """`(updates, *, axis_name) -> norms`, where the tree of the norms is a prefix of the updates."""
@@ -94,8 +103,8 @@ def clip_to_limit(
       used instead of measuring, where the measure is one scalar. One below 0 counts as not finite.
 
     Raises:
-      ValueError: For a threshold or a policy that may not be; in `update`, for updates of another
-        structure than at `init` or than the params, and gradients that were not averaged.
+      ValueError: For a threshold, a measure, a response or a policy that may not be; in `update`,
+        for updates of another structure than at `init`, and gradients that were not averaged.
 
     >>> import gradclip_jax, jax.numpy as jnp
     >>> clip = gradclip_jax.clip_to_limit(1.0, measure=gradclip_jax.leaf_norms)
@@ -105,6 +114,8 @@ def clip_to_limit(
     [0.6 0.8] [0.5]
     """
     limit = as_limit(limit)
+    _check_measure(measure)
+    check_response(response)
     check_on_nonfinite(on_nonfinite)
 
     def init(params: Any) -> ClipState:
@@ -319,6 +330,14 @@ def record(
         step_count=counted(state.step_count, True),
         limit_state=limit_state,
     )
+
+
+def _check_measure(measure: Measure) -> None:
+    if not callable(measure) or not takes(measure, {}, axis_name=None):
+        raise ValueError(
+            "`measure` must be a function `(updates, *, axis_name) -> norms`, such as "
+            f"`gradclip_jax.leaf_norms`, got {measure!r}. Pass a response as `response`."
+        )
 
 
 def _is_scalar(norms: Any) -> bool:

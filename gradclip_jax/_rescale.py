@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from ._checks import takes
 from ._devices import beside, changed_in_place
 from ._norms import widen
 
@@ -115,6 +116,15 @@ def ratio(norm: jax.Array, limit: jax.Array) -> jax.Array:
     """Norm / limit, with 0 / 0 = 0."""
     nonzero = norm != 0
     return jnp.where(nonzero, norm / jnp.where(nonzero, limit, 1), 0)
+
+
+def check_response(response: Response) -> None:
+    """Raise for what is no function of norm and limit, such as a name or a measure."""
+    if not callable(response) or not takes(response, 1.0, 1.0):
+        raise ValueError(
+            "`response` must be a function of norm and limit, such as `gradclip_jax.shrink`, "
+            f"got {response!r}."
+        )
 
 
 def check_on_nonfinite(on_nonfinite: str) -> None:

@@ -34,6 +34,7 @@ from .._rescale import (
     OnNonfinite,
     Response,
     check_on_nonfinite,
+    check_response,
     factors,
     rescale,
     shrink,
@@ -99,6 +100,7 @@ def spectral_clip(
     Parameters*, 2026, https://arxiv.org/abs/2605.11838. We depart in vectors, which SPECTRA leaves
     alone.
     """
+    check_response(response)
     return _of_matrices(max_norm, _by_decomposition, response, response, axis_name, on_nonfinite)
 
 

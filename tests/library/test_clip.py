@@ -147,6 +147,36 @@ def test_updates_may_lack_leaves_that_the_params_have():
     assert float(result["b"][1]) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"measure": "leaf"}, r"^`measure` must be a function .* got 'leaf'\. Pass a response"),
+        ({"measure": gradclip_jax.shrink}, "`measure` must be .* Pass a response as `response`"),
+        ({"measure": {"w": 1}}, "`measure` must be a function"),
+        ({"response": "shrink"}, r"^`response` must be .* `gradclip_jax\.shrink`, got 'shrink'"),
+        ({"response": leaf_norms}, "`response` must be a function of norm and limit"),
+        ({"response": 0.5}, "`response` must be a function of norm and limit"),
+    ],
+)
+def test_a_measure_or_a_response_that_may_not_be_raises_before_any_update(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        clip_to_limit(1.0, **arguments)
+    if "response" in arguments:
+        with pytest.raises(ValueError, match=message):
+            gradclip_jax.clip_by_global_norm(1.0, **arguments)
+        with pytest.raises(ValueError, match=message):
+            gradclip_jax.spectral_clip(1.0, **arguments)
+    else:
+        with pytest.raises(ValueError, match=message):
+            gradclip_jax.zclip(**arguments)
+
+
+def test_a_compiled_measure_and_a_bound_response_pass_the_door():
+    response = functools.partial(gradclip_jax.shrink, eps=0.0)
+    clip = clip_to_limit(1.0, jax.jit(leaf_norms, static_argnames="axis_name"), response)
+    run(clip, GRADS)
+
+
 def test_state_is_readable_by_its_field_names():
     optimizer = optax.chain(gradclip_jax.clip_by_global_norm(1.0), optax.sgd(1.0))
     _, state = optimizer.update(GRADS, optimizer.init(GRADS))
