@@ -7,6 +7,8 @@ import jax
 import optax
 from jax.core import Tracer, eval_jaxpr
 
+from ._checks import check_transformation
+
 T = TypeVar("T")
 
 
@@ -28,6 +30,9 @@ def clip_cotangent(x: T, clip: optax.GradientTransformation) -> T:
     Returns:
       `x`.
 
+    Raises:
+      ValueError: For a `clip` that is no transformation, such as a bare number.
+
     >>> import gradclip_jax, jax
     >>> clip = gradclip_jax.clip_by_value(1.0)
     >>> float(jax.grad(lambda x: 10 * gradclip_jax.clip_cotangent(x, clip))(2.0))
@@ -37,6 +42,8 @@ def clip_cotangent(x: T, clip: optax.GradientTransformation) -> T:
     https://arxiv.org/abs/1308.0850, section 2.1: the derivatives of the loss at the inputs to the
     LSTM layers are clipped to lie within [-10, 10] (100 at the output).
     """
+    fix = ": pass `clip_by_global_norm(1.0)` or `clip_by_value(1.0)`"
+    check_transformation("clip", clip, "a transformation", fix)
 
     def clipped(cotangent: Any) -> Any:
         return clip.update(cotangent, clip.init(cotangent))[0]

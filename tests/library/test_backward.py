@@ -158,3 +158,9 @@ def test_the_value_does_not_depend_on_the_threshold():
 
     assert float(jax.grad(loss)(0.5)) == 0
     assert float(jax.jit(jax.grad(loss))(0.5)) == 0
+
+
+@pytest.mark.parametrize("clip", [1.0, None, clip_by_value])
+def test_a_clip_that_is_no_transformation_raises_on_the_way_forward(clip):
+    with pytest.raises(ValueError, match=r"^`clip` must be .*: pass `clip_by_global_norm\(1\.0\)`"):
+        clip_cotangent(jnp.ones(2), clip)
