@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from .._checks import check_number, check_whole_number
@@ -38,6 +39,12 @@ COLUMNS = (
     "grad_norm_min", "grad_norm", "grad_norm_max", "clip_limit", "clip_factor", "clipped",
     "clip_rate", "nonfinite", "loss_min", "loss", "loss_max", "nonfinite_loss",
 )  # fmt: skip
+
+KNOWN = (
+    "grad_norm", "clip_limit", "clip_factor", "clipped", "clip_count", "nonfinite_count",
+    "step_count", "loss", "update_norm",
+)  # fmt: skip
+"""What the history is made of."""
 
 Writer = Callable[[int, dict[str, float]], Any]
 """`(step, row)`; the row has the columns of the history and whatever else was recorded."""
@@ -166,12 +173,21 @@ class Monitor:
             groups, record their metrics with `per_group=True`.
 
         Raises:
-          ValueError: For traced values, for vectors of different lengths, and for a step that is
-            not above the one before.
+          ValueError: For `metrics` that is no dict of numbers (an optimizer state, say) or has none
+            that the monitor knows while there are no writers; for traced values, for vectors of
+            different lengths, and for a step that is not above the one before.
         """
+        _check_record(step, metrics)
         given = {key: value for key, value in metrics.items() if value is not None}
         extra = {"loss": loss, "update_norm": update_norm, "step": step}
         given |= {key: value for key, value in extra.items() if value is not None}
+        if metrics and not self._writers and not any(map(_is_known, given)):
+            raise ValueError(
+                f"`metrics` must have a number that the monitor knows ({', '.join(KNOWN)}), got "
+                f"only {', '.join(metrics)}: rename it, or add `writers`, which get all numbers."
+            )
+        for key, value in given.items():
+            _check_number(key, value)
         fetch = Fetch(given)
         for key, value in given.items():
             if np.size(value) not in (1, fetch.size):
@@ -509,6 +525,33 @@ class Monitor:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
+
+
+def _check_record(step: Any, metrics: Any) -> None:
+    if isinstance(metrics, Mapping) and step is not None and not isinstance(step, Mapping):
+        return
+    if step is None or isinstance(step, Mapping):
+        raise ValueError(
+            "`step` must be the number of the step and come first, `record(step, metrics)`, "
+            f"got {step!r}."
+        )
+    raise ValueError(
+        "`metrics` must be a dict of numbers, as from `gradclip_jax.metrics(opt_state)`, "
+        f"got {type(metrics).__name__}: call `record(step, gradclip_jax.metrics(opt_state))`."
+    )
+
+
+def _check_number(key: str, value: Any) -> None:
+    if isinstance(value, jax.Array):
+        return
+    try:
+        np.asarray(value, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{key}` must be a number or numbers, got {value!r}.") from error
+
+
+def _is_known(key: str) -> bool:
+    return key.partition("/")[0] in KNOWN
 
 
 NONE, NAN = np.zeros(0), np.full(1, math.nan)

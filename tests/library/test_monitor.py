@@ -383,6 +383,43 @@ def test_windows_must_agree_and_steps_must_rise():
     assert monitor.history["step"].tolist() == [5, 6]
 
 
+STATE = gradclip_jax.clip_by_global_norm(1.0).init(jnp.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (({"grad_norm": 1.0}, 1), r"^`step` must be .* come first, `record\(step, metrics\)`"),
+        ((None, {"grad_norm": 1.0}), "^`step` must be the number of the step"),
+        (("a", {"grad_norm": 1.0}), "^`step` must be a number or numbers, got 'a'"),
+        ((1, STATE), r"^`metrics` must be .* got ClipState: call `record\(step, gradclip_jax\.me"),
+        ((1, 2.0), "^`metrics` must be a dict of numbers"),
+        (
+            (1, {"norm": 1.0}),
+            r"^`metrics` must have .* knows \(grad_norm, .* got only norm: rename",
+        ),
+        (
+            (1, {"grad_norm": {"w": 1.0}}),
+            "^`grad_norm` must be a number or numbers, got {'w': 1.0}",
+        ),
+        ((1, {}, "loss"), "^`loss` must be a number or numbers, got 'loss'"),
+    ],
+)
+def test_what_cannot_be_recorded_raises_and_leaves_nothing_behind(arguments, error):
+    monitor = Monitor()
+    with pytest.raises(ValueError, match=error):
+        monitor.record(*arguments)
+    monitor.record(1, {"grad_norm": 1.0})
+    assert monitor.history["step"].tolist() == [1]
+
+
+def test_numbers_that_the_monitor_does_not_know_go_to_the_writers():
+    rows = []
+    with Monitor(writers=[lambda step, row: rows.append(row["accuracy"])]) as monitor:
+        monitor.record(1, {"accuracy": 0.5})
+    assert rows == [0.5]
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
