@@ -437,8 +437,8 @@ GUARDS = [
     Mutant(
         "the state of the optimizer advances in a skipped step",
         "_guards/skip.py",
-        "return zeros, jax.tree.map(varying_like, state, kept)",
-        "return zeros, jax.tree.map(varying_like, move()[1], kept)",
+        "return zeros, jax.tree.map(_as_kind, _data(state), kept)",
+        "return zeros, jax.tree.map(_as_kind, move()[1], kept)",
         ("skips",),
     ),
     Mutant(

@@ -76,7 +76,10 @@ def skip_nonfinite(
     Returns:
       An optimizer with a `SkipState`, which `metrics` reads. Its update takes the extra arguments
       of `inner`, and `grad_norm` where that is known. Finite gradients come through bit for bit;
-      those whose norm is beyond the largest float32 count as not finite.
+      those whose norm is beyond the largest float32 count as not finite. The first gradient that
+      is wider than its parameter (float32 and float16, say) widens the state of most optimizers,
+      skipped or not, as it does without the guard. Functions and strings among the leaves pass;
+      outside of `jit` each update of such a tree is traced anew.
 
     Raises:
       ValueError: For an `inner` that is no transformation, or a `max_consecutive` below 1.
@@ -278,41 +281,70 @@ def _finite_norm(
 def _unless(inner: optax.GradientTransformationExtraArgs) -> Callable[..., tuple[Any, Any]]:
     """The update of an optimizer, but where a step is skipped zeros and the state as it was."""
 
-    def build(plain: dict[str, Any]) -> Any:
-        def unless(skipped, measured, state, params, extra_args):
-            updates, gradients, norm, limit = measured
+    def unless(data, rest=None):
+        arguments = data if rest is None else _merged(data, rest)
+        skipped, measured, state, params, extra_args = arguments
+        updates, gradients, norm, limit = measured
 
-            def move() -> tuple[Any, Any]:
-                held = jax.tree.map(
-                    lambda held, x: x if held is None else held,
-                    _held(gradients, norm, limit),
-                    updates,
-                    is_leaf=lambda x: x is None,
-                )
-                return inner.update(held, state, params, **plain, **extra_args)
+        def move() -> Any:
+            held = jax.tree.map(
+                lambda held, x: x if held is None else held,
+                _held(gradients, norm, limit),
+                updates,
+                is_leaf=_is_none,
+            )
+            return _data(inner.update(held, state, params, **extra_args))
 
-            def stay() -> tuple[Any, Any]:
-                zeros, kept = jax.eval_shape(move)
-                zeros = jax.tree.map(_zeros, zeros, updates)
-                return zeros, jax.tree.map(varying_like, state, kept)
+        def stay() -> Any:
+            zeros, kept = jax.eval_shape(move)
+            zeros = jax.tree.map(_zeros, zeros, _data(updates))
+            return zeros, jax.tree.map(_as_kind, _data(state), kept)
 
-            # All devices take one branch, for the norm is that of all of them. Adam on 64 MiB of
-            # parameters needs 64 MiB beside them (the updates); a select of each element needs
-            # 124, and the branches the other way round 192, for then XLA copies the state.
-            return jax.lax.cond(~skipped, move, stay)
+        # All devices take one branch, for the norm is that of all of them. Adam on 64 MiB of
+        # parameters needs 64 MiB beside them (the updates); a select of each element needs
+        # 124, and the branches the other way round 192, for then XLA copies the state.
+        return jax.lax.cond(~skipped, move, stay)
 
-        return jax.jit(unless, inline=True)
+    of_data = jax.jit(unless, inline=True)
 
-    of_arrays = build({})
-
-    def run(skipped, measured, state, params, extra_args):
-        # A function, say that of a line search, is no argument of a compiled one.
-        plain = {name: x for name, x in extra_args.items() if not _is_data(x)}
-        rest = {name: x for name, x in extra_args.items() if name not in plain}
-        unless = build(plain) if plain else of_arrays
-        return unless(skipped, measured, state, params, rest)
+    def run(*arguments):
+        # A function or a string, in a model or of a line search, is no argument of what is
+        # compiled, nor a result of it.
+        data = _data(arguments)
+        rest = jax.tree.map(lambda x: None if _is_data(x) else x, arguments)
+        if jax.tree.leaves(rest):
+            moved, inner_state = jax.jit(functools.partial(unless, rest=rest), inline=True)(data)
+        else:
+            moved, inner_state = of_data(data)
+        _, (updates, *_), state, *_ = arguments
+        return _merged(moved, updates), _merged(inner_state, state)
 
     return run
+
+
+def _data(tree: Any) -> Any:
+    """The tree with None for each leaf that is no data."""
+    return jax.tree.map(lambda x: x if _is_data(x) else None, tree)
+
+
+def _merged(data: Any, tree: Any) -> Any:
+    """The data, and the leaves of the tree where they are None."""
+    return jax.tree.map(lambda x, old: old if x is None else x, data, tree, is_leaf=_is_none)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _is_data(x: Any) -> bool:
+    if isinstance(x, np.ndarray | np.generic):
+        return x.dtype.kind not in "OSUMm"
+    return isinstance(x, int | float | complex | jax.Array)
+
+
+def _as_kind(x: Any, kind: jax.ShapeDtypeStruct) -> Any:
+    # Gradients that are wider than the parameters widen the state of an optimizer.
+    return varying_like(x if x.dtype == kind.dtype else x.astype(kind.dtype), kind)
 
 
 def _zeros(kind: jax.ShapeDtypeStruct, update: Any) -> Any:
@@ -321,11 +353,6 @@ def _zeros(kind: jax.ShapeDtypeStruct, update: Any) -> Any:
     zeros = filled_like(0, kind)
     # The kind does not tell the memory: an optimizer leaves an update in that of the gradient.
     return changed_in_place(lambda x, zeros: zeros, jnp.asarray(update), zeros)
-
-
-def _is_data(tree: Any) -> bool:
-    kinds = int | float | complex | np.ndarray | np.generic | jax.Array
-    return all(isinstance(leaf, kinds) for leaf in jax.tree.leaves(tree))
 
 
 def _held(gradients: Any, norm: jax.Array, limit: jax.Array) -> Any:

@@ -1,7 +1,10 @@
 """A skipped step moves no parameter, and the optimizer does not learn that it was there."""
 
+import contextlib
+import dataclasses
 import functools
 import inspect
+from typing import Any
 
 import chex
 import jax
@@ -389,6 +392,119 @@ def test_donated_and_abstract():
         _, state = step(tree, state, PARAMS)
     assert step._cache_size() == 1
     assert isinstance(state, SkipState)
+
+
+def optimizers():
+    """The optimizers of optax that can be made from a learning rate, and some that wrap one."""
+    made = {}
+    for module in (optax, optax.contrib):
+        for name in dir(module):
+            function = getattr(module, name)
+            if not inspect.isfunction(function) or name in ("lbfgs", "noisy_sgd"):
+                continue
+            if "learning_rate" in inspect.signature(function).parameters:
+                with contextlib.suppress(TypeError, DeprecationWarning):  # it needs more than that
+                    made[name] = function(learning_rate=0.1)
+    made["sgd with momentum"] = optax.sgd(0.1, momentum=0.9)
+    made["adamw with a schedule"] = optax.adamw(optax.linear_schedule(1.0, 0.1, 9))
+    made["noisy_sgd"] = optax.noisy_sgd(0.1, key=jax.random.key(0))
+    made["ema"] = optax.chain(optax.ema(0.9), optax.scale(-0.1))
+    made["injected"] = optax.inject_hyperparams(optax.adam)(learning_rate=0.1)
+    made["masked"] = optax.masked(optax.adam(0.1), {"w": True, "b": False})
+    return made
+
+
+OPTIMIZERS = optimizers()
+WIDE = [(jnp.float16, jnp.float32), (jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16)]
+
+
+def types_of(update, state, params, updates):
+    """Those of the result, or the kind of error where the optimizer itself cannot do it."""
+    try:
+        updates, state = jax.eval_shape(update, updates, state, params)
+    except Exception as error:
+        return type(error)
+    return jax.tree.map(
+        lambda x: (x.shape, x.dtype),
+        (updates, state.inner_state if isinstance(state, SkipState) else state),
+    )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_around_any_optimizer_types_are_its_own_also_where_gradients_are_wider(name):
+    """Gradients in float32 of parameters in float16, as a loss scale leaves them, widen Adam's."""
+    inner, optimizer = OPTIMIZERS[name], skip_spikes(OPTIMIZERS[name], 1e3)
+    for narrow, dtype in WIDE:
+        params = {"w": jnp.ones((4, 4), narrow), "b": jnp.ones(4, narrow)}
+        updates = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params)
+        expected = types_of(inner.update, inner.init(params), params, updates)
+        assert types_of(optimizer.update, optimizer.init(params), params, updates) == expected
+
+
+def test_optimizers_are_most_of_those_of_optax():
+    assert len(OPTIMIZERS) > 25
+    assert {"adam", "lion", "muon", "adafactor", "lamb", "schedule_free_adamw"} <= set(OPTIMIZERS)
+
+
+def test_a_skipped_step_widens_the_state_as_any_other_and_keeps_its_numbers():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    optimizer = skip_nonfinite(optax.sgd(0.1, momentum=0.9))
+    state = optimizer.init(params)
+    updates, state = optimizer.update(grads(bad=np.nan), state, params)
+    np.testing.assert_array_equal(updates["w"], [0.0, 0.0])
+    updates, state = optimizer.update(grads(), state, params)
+    updates, state = optimizer.update(grads(bad=np.nan), state, params)
+    (trace, *_), *_ = jax.tree.leaves(state.inner_state), 0
+    assert trace.dtype == updates["b"].dtype == jnp.float32
+    np.testing.assert_array_equal(trace, [12.0])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    """A model as those of Equinox: the activation and a name are leaves."""
+
+    w: jax.Array
+    activation: Any
+    name: str = "layer"
+    size: Any = "small"
+
+
+@each_guard
+@pytest.mark.parametrize("compiled", [True, False])
+def test_functions_and_strings_in_a_model_pass_a_guard(guard, compiled):
+    model = Layer(jnp.array([3.0, 4.0]), jax.nn.relu, size=np.str_("small"))
+    optimizer = guard(optax.masked(optax.adam(0.1), lambda tree: jax.tree.map(has_dtype, tree)))
+
+    def step(w, state):
+        updates, state = optimizer.update(dataclasses.replace(model, w=w), state, model)
+        assert updates.activation is jax.nn.relu
+        assert (updates.name, updates.size) == ("layer", "small")
+        return updates.w, state
+
+    step = jax.jit(step) if compiled else step
+    moved, state = step(model.w, optimizer.init(model))
+    np.testing.assert_allclose(moved, [-0.1, -0.1], rtol=1e-5)
+    still, state = step(model.w * jnp.nan, state)
+    np.testing.assert_array_equal(still, [0.0, 0.0])
+    assert (int(state.skip_count), int(state.step_count)) == (1, 2)
+
+
+def has_dtype(x):
+    return isinstance(x, jax.Array)
+
+
+def test_functions_and_strings_may_be_in_the_state_of_the_optimizer():
+    inner = optax.GradientTransformation(
+        lambda params: {"activation": jax.nn.relu, "count": jnp.zeros(())},
+        lambda updates, state, params=None: (updates, {**state, "count": state["count"] + 1}),
+    )
+    optimizer = skip_nonfinite(inner)
+    state = optimizer.init(PARAMS)
+    for bad, count in [(None, 1), (np.nan, 1), (None, 2)]:
+        _, state = optimizer.update(grads(bad=bad), state)
+        assert state.inner_state["activation"] is jax.nn.relu
+        assert int(state.inner_state["count"]) == count
 
 
 def test_eagerly_a_guard_is_traced_once():
