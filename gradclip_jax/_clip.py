@@ -215,15 +215,18 @@ def read_threshold(threshold: Limit, state: Any) -> tuple[jax.Array, Any]:
 
 
 def check_trees(updates: Any, params: Any) -> None:
-    """Raise when updates and params differ in structure, or updates are not averaged yet."""
-    if params is None:
-        return
+    """Raise when updates are not averaged yet, where params of their structure tell."""
+    if params is not None:
+        check_averaged(updates, params)
+
+
+def check_params(updates: Any, params: Any) -> None:
+    """Raise when params that are needed differ in structure from the updates."""
     treedef = jax.tree.structure(updates, is_leaf=lambda x: x is None)
     try:
         treedef.flatten_up_to(params)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"`params` must have the structure of the updates: {error}") from error
-    check_averaged(updates, params)
 
 
 def check_norms(norms: Any, state: ClipState) -> None:

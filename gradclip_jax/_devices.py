@@ -159,12 +159,21 @@ def whole_shape(x: Any, given: Any) -> tuple[int, ...]:
 
 
 def check_averaged(updates: Any, params: Any) -> None:
-    """Raise when the types tell that a gradient still differs where its parameter does not."""
+    """Raise when the types tell that a gradient still differs where its parameter does not.
+
+    Params of another structure (of `optax.lookahead`, say) tell nothing of the gradients.
+    """
     if not types_tell():
         return
     named, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=lambda x: x is None)
-    for (path, update), param in zip(named, treedef.flatten_up_to(params), strict=True):
-        extra = frozenset() if update is None else varying_axes(update) - varying_axes(param)
+    try:
+        of_updates = treedef.flatten_up_to(params)
+    except (ValueError, TypeError, KeyError):
+        return
+    for (path, update), param in zip(named, of_updates, strict=True):
+        if not (hasattr(update, "dtype") and hasattr(param, "dtype")):
+            continue
+        extra = varying_axes(update) - varying_axes(param)
         if extra:
             what = "varies along it while its parameter does not"
             # Stages of a pipeline hold such parts, and a mean would divide by their number.

@@ -9,6 +9,7 @@ import optax
 
 from .._checks import Threshold, check_threshold
 from .._clip import (
+    check_params,
     check_trees,
     hold,
     init_threshold,
@@ -87,6 +88,7 @@ def adaptive_grad_clip(
                 "`adaptive_grad_clip` compares gradients with parameters: call "
                 "`update(updates, state, params)`."
             )
+        check_params(updates, params)
         check_trees(updates, params)
         # Measured together, they share one collective.
         norms, weights = measure((updates, params), axis_name=of_pair(axis_name))

@@ -320,6 +320,40 @@ def test_a_gradient_that_is_not_averaged_raises(mesh):
     np.testing.assert_allclose(run(average=True)["layer"]["kernel"], 1 / np.sqrt(3), rtol=1e-6)
 
 
+def test_what_is_not_averaged_is_found_beside_leaves_that_are_no_arrays(mesh):
+    """Functions and strings, as in an Equinox model, have no type that could vary."""
+    model = {"act": jax.nn.relu, "name": "layer", "w": jnp.ones(3), "x": 1.0}
+    clip = gradclip_jax.clip_by_global_norm(1.0)
+
+    def run(average):
+        def step(w, batch):
+            local = jax.lax.pcast(w, ("data",), to="varying") * batch.sum()
+            grads = {**model, "w": jax.lax.pmean(local, "data") if average else local}
+            return clip.update(grads, clip.init(model), {**model, "w": w})[0]["w"]
+
+        specs = {"in_specs": (P(), P("data")), "out_specs": P()}
+        return shard_map(step, mesh=mesh, **specs)(model["w"], jnp.arange(8.0))
+
+    with pytest.raises(ValueError, match=r"the gradient of `w` is not averaged along mesh axis"):
+        run(average=False)
+    np.testing.assert_allclose(run(average=True), 3.5 / np.sqrt(1 + 3 * 3.5**2), rtol=1e-6)
+
+
+def test_params_of_another_structure_tell_nothing_of_the_gradients(mesh, standard_promotion):
+    optimizer = optax.chain(
+        gradclip_jax.clip_by_global_norm(1.0), optax.lookahead(optax.sgd(1.0), 5, 0.5)
+    )
+
+    def step(x):
+        params = optax.LookaheadParams.init_synced({"w": jnp.zeros(2)})
+        grads = {"w": jax.lax.pmean(jnp.array([6.0, 8.0]) * x.sum(), "data")}
+        return optimizer.update(grads, optimizer.init(params), params)[0].fast["w"]
+
+    specs = {"in_specs": P("data"), "out_specs": P()}
+    fast = shard_map(step, mesh=mesh, **specs)(jnp.ones(8))
+    np.testing.assert_allclose(fast, [-0.6, -0.8], rtol=1e-6)
+
+
 def test_a_partial_sum_raises():
     """A type that says `unreduced` is no gradient yet."""
     mesh = make_mesh(AxisType.Explicit, x=8)

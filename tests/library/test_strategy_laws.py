@@ -316,13 +316,16 @@ def test_a_clip_that_is_off_has_the_state_of_one_that_is_on(strategy):
 
 
 @all_strategies
-def test_updates_of_another_structure_than_the_params_raise(strategy):
-    clip = strategy.make(LIMIT)
-    state = clip.init(PARAMS)
-    updates = normal_tree()
-    del updates["kernel"]
-    with pytest.raises(ValueError, match="`params` must have the structure of the updates"):
-        clip.update(updates, state, PARAMS)
+def test_only_a_clip_that_needs_params_compares_their_structure_with_that_of_the_updates(strategy):
+    """`optax.lookahead` has two of each parameter, and one gradient."""
+    clip, updates = strategy.make(LIMIT), normal_tree(scale=10)
+    params = optax.LookaheadParams(PARAMS, PARAMS)
+    if strategy.argument == "clipping":
+        with pytest.raises(ValueError, match="`params` must have the structure of the updates"):
+            clip.update(updates, clip.init(PARAMS), params)
+    else:
+        result = clip.update(updates, clip.init(PARAMS), params)
+        chex.assert_trees_all_equal(result, clip.update(updates, clip.init(PARAMS), PARAMS))
 
 
 @all_strategies
