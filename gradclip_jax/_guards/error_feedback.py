@@ -145,5 +145,5 @@ def merged(gradients: Any, updates: Any) -> Any:
 def cast_like(tree: Any, updates: Any) -> Any:
     """A tree in the dtypes of the updates."""
     return jax.tree.map(
-        lambda x, like: x.astype(like.dtype) if is_gradient(x) else x, tree, updates
+        lambda x, like: x.astype(jnp.asarray(like).dtype) if is_gradient(x) else x, tree, updates
     )

@@ -113,6 +113,21 @@ def test_the_memory_is_float32_and_updates_keep_their_dtypes(make):
     assert state[0]["n"] is None
 
 
+@pytest.mark.parametrize("make", [error_feedback, clip21, lambda clip: error_feedback(clip, 10.0)])
+def test_python_numbers_are_gradients_too(make):
+    transformation = make(CLIP)
+    state = transformation.init({"x": 3.0, "y": 1j, "n": 7})
+    _, new = transformation.update({"x": 3.0, "y": 4j, "n": 7}, state)
+    updates, last = transformation.update({"x": 3.0, "y": 4j, "n": 7}, new)
+    chex.assert_trees_all_equal_shapes_and_dtypes(last, new, state)
+    assert updates["n"] == 7
+    assert (updates["x"].dtype, updates["y"].dtype) == (jnp.float32, jnp.complex64)
+    # One of a norm of 5 comes out of a carry, two of it of an estimate.
+    times = 2 if make is clip21 else 1
+    np.testing.assert_allclose(updates["x"], 0.6 * times, rtol=1e-6)
+    np.testing.assert_allclose(updates["y"], 0.8j * times, rtol=1e-6)
+
+
 def test_a_large_carry_swallows_no_small_gradient():
     clip = error_feedback(gradclip_jax.clip_by_global_norm(0.0))
     stream = jnp.array([[256.0], [0.5], [0.5]], jnp.bfloat16)
