@@ -6,7 +6,7 @@ never asks at which granularity it works.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +33,10 @@ Axes = int | tuple[int, ...] | Callable[[str, Any], int | tuple[int, ...] | None
 """Axes that one unit spans: see `unit_norms`."""
 
 
+_FIX = (
+    "make them of the tree that the clip is given, with `jax.tree.map`, or pass a function of it; "
+    "behind an `nnx.Optimizer` that tree is `nnx.as_pure(nnx.state(model, nnx.Param))`"
+)
 _SMALL = 2**14  # elements of a leaf
 _TOGETHER = 16  # small leaves of one shape that one kernel reads
 _ROW = 32  # scalars that one kernel reads
@@ -127,7 +131,8 @@ def group_norms(
     Args:
       tree: As in `global_norm`.
       labels: A prefix pytree of labels (strings or numbers), or a callable that makes one from
-        the tree, as in `optax.partition`.
+        the tree, as in `optax.partition`. A module of labels is taken for a pytree, though it can
+        be called. For parameters of flax NNX map over `nnx.as_pure(nnx.state(model, nnx.Param))`.
       order: As in `global_norm`.
       axis_name: As in `global_norm`.
 
@@ -197,8 +202,19 @@ def spread(norms: Any, tree: Any) -> list[Any]:
 
 def leaf_labels(labels: Any, tree: Any) -> tuple[Any, ...]:
     """The label of every leaf of `tree`, from a prefix pytree of labels or a callable."""
-    given = labels(tree) if callable(labels) else labels
-    return tuple(of_leaves(given, tree, "`labels` must cover the tree of the updates"))
+    given = labels(tree) if is_function(labels) else labels
+    of_leaf = tuple(of_leaves(given, tree, f"`labels` must cover the tree of the updates ({_FIX})"))
+    for label in of_leaf:
+        if not isinstance(label, Hashable):
+            raise ValueError(f"`labels` must be strings or numbers, got {label!r}: {_FIX}.")
+    return of_leaf
+
+
+def is_function(labels: Any) -> bool:
+    """Whether to call labels or balls: a module of them can be called too, but has leaves."""
+    structure = jax.tree.structure(labels)
+    is_tree = structure.num_leaves and not jax.tree_util.treedef_is_leaf(structure)
+    return callable(labels) and (isinstance(labels, functools.partial) or not is_tree)
 
 
 def is_gradient(leaf: Any) -> bool:

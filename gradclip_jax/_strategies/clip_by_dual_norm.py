@@ -21,7 +21,7 @@ from .._clip import (
 from .._devices import AxisName, back, of_leaves, on_device, path_name
 from .._limits import constant
 from .._matrices import check_whole_matrices, powers_near, product
-from .._norms import all_finite, global_norm, is_gradient, leaf_norms, widen
+from .._norms import all_finite, global_norm, is_function, is_gradient, leaf_norms, widen
 from .._rescale import OnNonfinite, check_on_nonfinite, shrink
 
 Split = tuple[jax.Array, Callable[[jax.Array], jax.Array]]
@@ -195,7 +195,7 @@ def clip_by_dual_norm(
 def _balls(ball: Any, updates: Any) -> Iterator[tuple[int, Ball]]:
     """The ball of each gradient, by its position among the leaves."""
     named = jax.tree_util.tree_leaves_with_path(updates)
-    if callable(ball):
+    if is_function(ball):
         given = [
             ball(path_name(path), leaf if hasattr(leaf, "shape") else jnp.asarray(leaf))
             if is_gradient(leaf)
@@ -220,7 +220,7 @@ def _only(leaves: list[Any], positions: list[int]) -> list[Any]:
 
 
 def _check_ball(ball: Any) -> None:
-    if callable(ball) or all(map(_is_ball, jax.tree.leaves(ball, is_leaf=_is_ball))):
+    if is_function(ball) or all(map(_is_ball, jax.tree.leaves(ball, is_leaf=_is_ball))):
         return
     raise ValueError(
         "`ball` must be a `Ball`, a prefix pytree of them or a function of path and leaf, "

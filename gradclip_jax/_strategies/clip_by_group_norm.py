@@ -33,7 +33,7 @@ def clip_by_group_norm(
     Args:
       max_norm: Largest norm of a group, as in `clip_by_global_norm`; or one for each label.
       labels: A prefix pytree of labels (strings or ints), or a callable that makes one from the
-        tree, as in `optax.partition`.
+        tree, as in `optax.partition`; see `group_norms`.
       axis_name: See `global_norm`.
       on_nonfinite: See `clip_to_limit`; a group with a NaN becomes zero, the others pass.
 

@@ -1,14 +1,30 @@
 """Measures, on numbers that can be checked by hand and against float64."""
 
+import dataclasses
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
+from registry import apply
 
-from gradclip_jax import clip_by_norm, global_norm, group_norms, leaf_norms, unit_norms
+from gradclip_jax import (
+    clip_by_dual_norm,
+    clip_by_group_norm,
+    clip_by_norm,
+    euclidean_ball,
+    global_norm,
+    group_norms,
+    leaf_norms,
+    metrics,
+    sign_ball,
+    unit_norms,
+)
 from gradclip_jax._norms import spread
 
 ROOT_160 = np.float32(np.sqrt(160.0))
@@ -69,6 +85,60 @@ def test_group_norms_by_prefix_and_by_callable():
 def test_labels_that_do_not_cover_the_tree_raise():
     with pytest.raises(ValueError, match="`labels` must cover the tree of the updates"):
         group_norms(GRADS, labels={"w": "a"})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Module:
+    """A module as those of Equinox: a pytree that can be called."""
+
+    w: Any
+    b: Any
+
+    def __call__(self, x):
+        return x @ self.w
+
+
+def test_a_module_of_labels_is_a_tree_and_not_called():
+    grads = Module(jnp.array([3.0, 4.0]), jnp.array([2.0]))
+    norms = group_norms(grads, labels=Module("matrix", "vector"))
+    assert {label: float(norm) for label, norm in norms.items()} == {"matrix": 5.0, "vector": 2.0}
+    balls = Module(euclidean_ball, sign_ball)
+    updates, _ = apply(clip_by_dual_norm(0.0, ball=balls), grads)
+    np.testing.assert_allclose(updates.w, [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_array_equal(updates.b, [1.0])
+
+
+def test_functions_of_labels_are_called_also_where_they_are_trees():
+    """`jax.tree_util.Partial` is a pytree of the arguments that it has bound."""
+
+    def label(name, tree):
+        return jax.tree.map(lambda _: name, tree)
+
+    for make in (functools.partial, jax.tree_util.Partial):
+        assert set(group_norms(GRADS, labels=make(label, "all"))) == {"all"}
+
+
+def test_labels_of_nnx_say_what_to_map_over():
+    """An `nnx.Optimizer` gives the clip a tree of arrays, and not of variables."""
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    state = nnx.state(model, nnx.Param)
+
+    def norms(labels):
+        optimizer = nnx.Optimizer(model, clip_by_group_norm(1.0, labels), wrt=nnx.Param)
+        optimizer.update(model, nnx.grad(lambda model: model(jnp.ones((1, 2))).sum())(model))
+        return metrics(optimizer, per_group=True)
+
+    fix = r"`labels` must .*`nnx\.as_pure\(nnx\.state\(model, nnx\.Param\)\)`"
+    for labels in (
+        jax.tree.map(lambda _: "all", state),
+        {"kernel": "k", "bias": "b"},
+        state,
+        model,
+    ):
+        with pytest.raises(ValueError, match=fix):
+            norms(labels)
+    assert float(norms(jax.tree.map(lambda _: "all", nnx.as_pure(state)))["grad_norm"]) == 3.0
 
 
 def test_spread_gives_each_leaf_the_norm_that_covers_it():
