@@ -13,7 +13,7 @@ import jax
 import optax
 from jax.core import Tracer
 from jax.experimental import compute_on as _compute_on
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 AxisName = Any
 """None, a name, names, or a prefix pytree of PartitionSpecs: see `reduced_axes`."""
@@ -23,9 +23,21 @@ _computed_on: Any = getattr(_compute_on, "compute_on2", _compute_on.compute_on)
 _only_decorates = "out_memory_spaces" not in inspect.signature(_computed_on).parameters
 
 
+def type_of(x: Any) -> Any:
+    """`jax.typeof(x)`, also of what `jax.eval_shape` returns where not all mesh axes are manual.
+
+    There it leaves out the sharding, and jax (0.10 to 0.12) then asserts that nothing varies.
+    """
+    if isinstance(x, jax.ShapeDtypeStruct) and x.sharding is None and partly_manual():
+        unsplit_spec = PartitionSpec(*[None] * len(x.shape))
+        mesh = jax.sharding.get_abstract_mesh()
+        x = x.update(sharding=NamedSharding(mesh, unsplit_spec))
+    return jax.typeof(x)
+
+
 def varying_axes(x: Any) -> frozenset[str]:
     """Manual mesh axes along which the type of `x` says that devices hold different values."""
-    kind = jax.typeof(x)
+    kind = type_of(x)
     manual = getattr(kind, "manual_axis_type", None)
     # Before `manual_axis_type` the set of varying axes was the attribute itself.
     return frozenset(kind.vma if manual is None else manual.varying)
@@ -33,7 +45,7 @@ def varying_axes(x: Any) -> frozenset[str]:
 
 def unreduced_axes(x: Any) -> frozenset[str]:
     """Mesh axes along which the type of `x` says that it is a partial sum, manual or not."""
-    kind = jax.typeof(x)
+    kind = type_of(x)
     manual = getattr(kind, "manual_axis_type", None)
     explicit = getattr(getattr(kind.sharding, "spec", None), "unreduced", ())
     return frozenset(explicit) | frozenset(() if manual is None else manual.unreduced)
@@ -265,7 +277,7 @@ def varying_like(x: jax.Array, other: jax.Array | jax.ShapeDtypeStruct) -> jax.A
     With explicit axes the type also says how dimensions are split, and then `x` is split so too.
     """
     x = varying_along(x, varying_axes(other))
-    here, there = jax.typeof(x).sharding.spec, jax.typeof(other).sharding.spec
+    here, there = type_of(x).sharding.spec, type_of(other).sharding.spec
     # Without a mesh that is set there are no devices over which a new array could be split.
     if here == there or len(here) != len(there) or jax.sharding.get_abstract_mesh().empty:
         return x

@@ -549,3 +549,39 @@ def test_a_unit_on_one_device_is_counted_by_all(check_vma, bad, counts, mesh):
         step, mesh=mesh, in_specs=P(None, "data"), out_specs=P(), check_vma=check_vma
     )(jnp.full((2, 8), 0.1).at[0, 3].set(bad))
     assert tuple(map(int, counted)) == counts
+
+
+PARTLY = {
+    "unit": lambda specs: gradclip_jax.clip_by_unit_norm(1.0, axis_name=specs),
+    "row": lambda specs: gradclip_jax.clip_by_unit_norm(1.0, axes=1, axis_name=specs),
+    "agc": lambda specs: gradclip_jax.adaptive_grad_clip(0.01, axis_name=specs),
+    "spam": lambda specs: gradclip_jax.spam_clip(),
+    "adagc": lambda specs: gradclip_jax.adagc(),
+    "error_feedback": lambda specs: gradclip_jax.error_feedback(gradclip_jax.clip_by_norm(1.0)),
+    "clip21": lambda specs: gradclip_jax.clip21(gradclip_jax.clip_by_norm(1.0)),
+    "skip_nonfinite": lambda specs: gradclip_jax.skip_nonfinite(optax.adam(0.1)),
+    "skip_spikes": lambda specs: gradclip_jax.skip_spikes(optax.adam(0.1), 1e3),
+}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("make", PARTLY.values(), ids=PARTLY)
+def test_a_state_is_made_where_only_one_of_two_mesh_axes_is_manual(make, kind, standard_promotion):
+    """There `eval_shape` leaves out the sharding, and jax.typeof fails with an AssertionError."""
+    mesh = make_mesh(kind, a=2, b=4)
+    specs = {"w": P("b", None)}
+    grads = {"w": jnp.arange(32.0).reshape(4, 8) + 1}
+    whole = make(None)
+    expected, _ = whole.update(grads, whole.init(grads), grads)
+    clip = make(specs)
+    mapped = jax.shard_map(
+        lambda grads: clip.update(grads, clip.init(grads), grads)[0],
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=specs,
+        axis_names={"b"},
+    )
+    split = jax.device_put(grads, NamedSharding(mesh, specs["w"]))
+    with jax.set_mesh(mesh):
+        result = jax.jit(mapped)(split)
+    np.testing.assert_allclose(result["w"], expected["w"], rtol=1e-5)
