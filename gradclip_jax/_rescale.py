@@ -11,7 +11,9 @@ from ._devices import beside, changed_in_place
 from ._norms import widen
 
 Response = Callable[[jax.Array, jax.Array], jax.Array]
-"""`(norm, limit) -> factor`, elementwise on arrays of one float dtype."""
+"""`(norm, limit) -> factor`, elementwise on arrays of one float dtype.
+
+A factor beyond 2^100 or 2^-100 must be proportional to the limit; see `factors`."""
 
 OnNonfinite = Literal["zero", "propagate"]
 
@@ -138,16 +140,26 @@ def factors(norm: jax.Array, limit: jax.Array, response: Response) -> tuple[jax.
 
     A factor below 1.2e-38 is flushed to zero, and one above 3.4e38 overflows, though the product
     with the gradient does neither: then both steps share it. The first alone is the factor
-    wherever it is in range.
+    wherever it is in range. Beyond 2^100 and 2^-100 every response is taken to be proportional to
+    the limit, so that it is asked about one that is a power of two away.
     """
+    # In float32 the powers are 2^64 and 2^126, of which the inverse is still normal: together they
+    # serve factors from 2^-252 to 2^254.
+    exponents = jnp.finfo(norm.dtype).maxexp
+    near, far = 2.0 ** -(exponents // 2), 2.0 ** (2 - exponents)
+    bound, rest = 2.0 ** -(exponents * 25 // 32), 2.0 ** -(exponents * 3 // 4)
     once = response(norm, limit)
-    # The scaled norm must still be above the limit, or `drop` would let it pass.
-    down = (once < 2.0**-100) & (norm * 2.0**-64 > jnp.maximum(limit, 1))
-    up = (once > 2.0**100) & (norm < 2.0**-26)
-    # A quotient, too, for the same reason.
+    # The norm must stay above the limit that is raised, or `drop` would let it pass.
+    down = (once < bound) & (norm * near > limit)
+    up = once > 1 / bound
+    # Both sides of 2^160 are scaled: XLA folds two powers into one, which is flushed.
+    down_far = down & (norm * rest > limit / near)
+    up_far = up & (limit * rest > norm / near)
     one = jnp.ones_like(norm)
-    power = jnp.where(down, 2.0**-64, one) / jnp.where(up, 2.0**-64, one)
-    return response(norm * power, limit), power
+    lowered = jnp.where(down_far, far, jnp.where(down, near, one))
+    raised = jnp.where(up_far, far, jnp.where(up, near, one))
+    # Quotients, too, for the same reason as in `shrink`.
+    return response(norm, limit * raised / lowered), lowered / raised
 
 
 def rescale(

@@ -51,8 +51,8 @@ NORMS = [
     Mutant(
         "pmax for psum of the squares",
         "_norms.py",
-        "_bins(squares, here, sizes), jax.lax.psum, jnp.add)",
-        "_bins(squares, here, sizes), jax.lax.pmax, jnp.add)",
+        "over_devices(binned, jax.lax.psum, jnp.add)",
+        "over_devices(binned, jax.lax.pmax, jnp.add)",
         ("devices", "hard_cases"),
     ),
     Mutant(
@@ -201,8 +201,8 @@ RESCALING = [
     Mutant(
         "a factor of two steps that is applied twice",
         "_rescale.py",
-        "return response(norm * power, limit), power",
-        "return response(norm, limit), power",
+        "return response(norm, limit * raised / lowered), lowered / raised",
+        "return response(norm, limit), lowered / raised",
         ("rescale", "*laws"),
     ),
     Mutant(

@@ -9,6 +9,7 @@ import pytest
 
 import gradclip_jax
 from gradclip_jax import (
+    automatic,
     clip_to_limit,
     drop,
     global_norm,
@@ -94,6 +95,66 @@ def test_a_factor_above_the_largest_float32_is_shared_by_two_steps():
     clip = clip_to_limit(1e10, global_norm, normalize)
     updates, _ = clip.update(jnp.array([3e-35, 4e-35]), clip.init(jnp.zeros(2)))
     np.testing.assert_allclose(updates, [6e9, 8e9], rtol=1e-5)
+
+
+def test_the_smallest_limits_hold_the_largest_norms():
+    """Their factor, 1e-38, is flushed though norm and limit are ordinary numbers."""
+    for norm, limit in ((1e8, 1e-30), (1e18, 1e-20), (1e37, 1e-37)):
+        clip = clip_to_limit(limit)
+        updates, _ = clip.update(jnp.array([norm, 0.0]), clip.init(jnp.zeros(2)))
+        np.testing.assert_allclose(updates, [limit, 0.0], rtol=1e-5)
+
+
+def test_the_largest_norms_are_given_to_the_smallest_gradients():
+    """Their factors, 1e41 and 1e60, overflow, and 0 times infinity is NaN."""
+    for norm, element in ((1e38, 0.001), (1e30, 1e-30), (1e38, 2e-38)):
+        clip = gradclip_jax.normalize_by_norm(norm)
+        updates, _ = clip.update(jnp.array([element, 0.0]), clip.init(jnp.zeros(2)))
+        np.testing.assert_allclose(updates, [norm, 0.0], rtol=1e-5)
+
+
+FORMULAS = {
+    shrink: lambda n, c: np.minimum(1, c / n),
+    normalize: lambda n, c: c / n,
+    smooth: lambda n, c: 1 / (1 + n / c),
+    smooth_sqrt: lambda n, c: 1 / np.hypot(1, n / c),
+    smooth_tanh: lambda n, c: np.tanh(n / c) * (c / n),
+    drop: lambda n, c: 1.0 * (n <= c),
+    automatic: lambda n, c: c / (n + 0.01),
+}
+
+
+@pytest.mark.parametrize("response", FORMULAS, ids=lambda response: response.__name__)
+def test_no_pair_of_norm_and_limit_leaves_the_range_before_its_product(response):
+    """All 76 x 76 magnitudes, in float64 for comparison: the product is a normal float32."""
+    scales = 10.0 ** np.arange(-37, 39)
+    norm, limit = (x.ravel().astype(np.float32) for x in np.meshgrid(scales, scales))
+
+    @jax.jit
+    def held(norm, limit):
+        first, second = factors(norm, limit, response)
+        return norm * second * first
+
+    result = np.asarray(held(norm, limit), np.float64)
+    wide = norm.astype(np.float64)
+    expected = wide * FORMULAS[response](wide, limit.astype(np.float64))
+    usable = (expected == 0) | ((expected > 1.2e-38) & (expected < 3.4e38))
+    assert usable.sum() > 5000
+    np.testing.assert_allclose(result[usable], expected[usable], rtol=2e-6)
+
+
+@pytest.mark.parametrize("response", FORMULAS, ids=lambda response: response.__name__)
+@pytest.mark.parametrize("limit", [0.0, 1e-37, 1.0, 1e37, jnp.inf])
+def test_zero_times_any_factor_is_zero(response, limit):
+    first, second = factors(jnp.float32(0), jnp.float32(limit), response)
+    assert float(jnp.float32(0) * second * first) == 0
+
+
+@pytest.mark.parametrize("response", FORMULAS, ids=lambda response: response.__name__)
+def test_a_limit_of_zero_holds_every_norm(response):
+    norm = jnp.asarray(10.0 ** np.arange(-37, 39), jnp.float32)
+    first, second = factors(norm, jnp.zeros_like(norm), response)
+    np.testing.assert_array_equal(norm * second * first, 0)
 
 
 def test_the_product_is_taken_in_float32():
