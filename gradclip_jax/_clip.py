@@ -300,7 +300,8 @@ def _held(leaves, norms, limits, *, index, response, on_nonfinite):
     nonfinite_factor = jnp.nan if on_nonfinite == "propagate" else 0.0
     first, second = [], []
     for norm, limit, is_finite in zip(norms, limits, finite, strict=True):
-        factor, power = factors(norm, limit, response)
+        # Zero times the derivative of a response at NaN would be NaN.
+        factor, power = factors(jnp.where(is_finite, norm, 0), limit, response)
         first.append(jnp.where(is_finite, factor, nonfinite_factor).astype(norm.dtype))
         second.append(power)
     of_leaf = [[parts[i] for i in index] for parts in (first, second, finite)]

@@ -17,6 +17,7 @@ from ._devices import (
     AxisName,
     axis_size,
     beside,
+    changed_in_place,
     of_leaves,
     partly_manual,
     path_name,
@@ -337,7 +338,33 @@ class _Along(NamedTuple):
 @functools.partial(
     jax.jit, static_argnames=("dims", "along", "groups", "order", "together"), inline=True
 )
-def _norms_of_groups(leaves, *, dims, along, groups, order, together):
+def _norms_of_groups(leaves, **options):
+    measure = functools.partial(_norms_of_cells, **options)
+    # jax (0.10 to 0.12) cannot transpose a branch in such a rule once `vmap` has mapped it.
+    return _with_finite_derivative(measure, functools.partial(measure, branch=False), leaves)
+
+
+def _with_finite_derivative(measure, differentiable, leaves):
+    """`measure(leaves)`, with the derivative of `differentiable` without what is not finite.
+
+    An update that is zeroed for a NaN passes a zero back to its norm, and zero times the NaN in
+    the derivative of a square would be NaN. Only a program that differentiates computes more.
+    """
+
+    def finite_part(x):
+        return jnp.where(jnp.isfinite(x), x, beside(0, x))
+
+    def derivative(primals, tangents):
+        (leaves,), (moved,) = primals, tangents
+        finite = [changed_in_place(finite_part, x) for x in leaves]
+        return measure(leaves), jax.jvp(differentiable, (finite,), (moved,))[1]
+
+    measured = jax.custom_jvp(measure)
+    measured.defjvp(derivative)
+    return measured(leaves)
+
+
+def _norms_of_cells(leaves, *, dims, along, groups, order, together, branch=True):
     cells = [
         _Cell(group, split, tuple(i for i in members if along[i] == split))
         for group, members in enumerate(groups)
@@ -352,8 +379,9 @@ def _norms_of_groups(leaves, *, dims, along, groups, order, together):
         squares = functools.partial(over_leaves, _sum_of_squares, together=together)
         sizes = [leaf.size for leaf in leaves]
         if len(cells) == len(groups) and not any(cell.along.axes for cell in cells):
-            return [_root(*of_cell) for of_cell in _exact_sums(squares, cells, sizes)]
-        bins = over_devices(lambda here: _bins(squares, here, sizes), jax.lax.psum, jnp.add)
+            return [_root(*of_cell) for of_cell in _exact_sums(squares, cells, sizes, branch)]
+        binned = functools.partial(_bins, squares, sizes=sizes, branch=branch)
+        bins = over_devices(binned, jax.lax.psum, jnp.add)
         return [_root_of_bins(of_group) for of_group in bins]
     largest = functools.partial(over_leaves, _largest_modulus, join=jnp.maximum)
     norms = over_devices(largest, jax.lax.pmax, jnp.maximum)
@@ -452,7 +480,7 @@ def _at_once(collective, arrays):
     return [part.reshape(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
-def _exact_sums(squares, cells, sizes):
+def _exact_sums(squares, cells, sizes, branch):
     """Sums of squares of each cell, and the power of two by which it scaled its elements.
 
     The plain sum serves as long as it is in the safe range, where no square that matters can have
@@ -467,12 +495,12 @@ def _exact_sums(squares, cells, sizes):
     scales = [safe.scale(s, count) for s, count in zip(plain, counts, strict=True)]
     odd = [jnp.any(row != 1) for row in in_rows(scales)]
     unsafe = functools.reduce(jnp.logical_or, odd, jnp.zeros((), bool))
-    numbers = [(scale,) for scale in scales]
-    exact = jax.lax.cond(unsafe, lambda: squares(cells, numbers=numbers), lambda: plain)
+    scaled = functools.partial(squares, cells, numbers=[(scale,) for scale in scales])
+    exact = jax.lax.cond(unsafe, scaled, lambda: plain) if branch else scaled()
     return list(zip(exact, scales, strict=True))
 
 
-def _bins(squares, cells, sizes):
+def _bins(squares, cells, sizes, branch):
     """The sums of `_exact_sums`, each in the bin of its scale among three (a new first axis).
 
     Each device chooses its scale alone and the bins of all of them are added: that takes one
@@ -480,7 +508,7 @@ def _bins(squares, cells, sizes):
     """
     return [
         jnp.stack([jnp.where(chosen, s, 0) for chosen in (scale > 1, scale == 1, scale < 1)])
-        for s, scale in _exact_sums(squares, cells, sizes)
+        for s, scale in _exact_sums(squares, cells, sizes, branch)
     ]
 
 
@@ -499,11 +527,15 @@ def norms_of_examples(x: jax.Array) -> jax.Array:
     Summed twice: first plainly, then at the scale that the plain sum asks for. A `cond` around the
     second pass would make devices that hold examples agree on it, and would hold a copy.
     """
-    dims = tuple(range(1, x.ndim))
-    squares = functools.partial(_sum_of_squares, dims=dims)
-    plain = squares(x)
-    scale = _SafeRange(plain.dtype).scale(plain, math.prod(x.shape[1:]))
-    return _root(squares(x, scale), scale).ravel()
+
+    def norms(leaves):
+        (x,) = leaves
+        squares = functools.partial(_sum_of_squares, dims=tuple(range(1, x.ndim)))
+        plain = squares(x)
+        scale = _SafeRange(plain.dtype).scale(plain, math.prod(x.shape[1:]))
+        return _root(squares(x, scale), scale).ravel()
+
+    return _with_finite_derivative(norms, norms, [x])
 
 
 def _root_of_bins(bins: jax.Array) -> jax.Array:

@@ -50,8 +50,15 @@ def _unit(x: jax.Array) -> Split:
     def point(dual: jax.Array) -> jax.Array:
         # XLA divides by a scalar by its inverse, which above 8.5e37 it flushes to zero.
         first, second = powers_near(dual)
-        rest = jnp.where(dual != 0, dual, 1) * first * second
-        return x * first.astype(x.dtype) * second.astype(x.dtype) / rest.astype(x.dtype)
+        # The step of a NaN is zeroed, and zero times the NaN in its derivative would be NaN.
+        usable = jnp.isfinite(dual) & (dual != 0)
+        rest = jnp.where(usable, dual, 1) * first * second
+        return (
+            jnp.where(jnp.isfinite(x), x, 0)
+            * first.astype(x.dtype)
+            * second.astype(x.dtype)
+            / rest.astype(x.dtype)
+        )
 
     return x, point
 
@@ -174,7 +181,7 @@ def clip_by_dual_norm(
             duals.update(zip(alike, norms, strict=True))
         norm = sum(duals.values(), jnp.zeros_like(state.grad_norm))
         finite, below = jnp.isfinite(norm), norm < most
-        length = jnp.where(below, norm / jnp.where(below, most, 1), 1)
+        length = jnp.where(below, norm, 1) / jnp.where(below, most, 1)
         for i, point in points.items():
             x, step = on_device(leaves[i]), point(duals[i])
             step = jnp.where(most < jnp.inf, step * length.astype(step.dtype), widen(x))

@@ -231,7 +231,7 @@ def _held(leaves, norms, limit, *, change, option, response, on_nonfinite):
     for x, norm in zip(leaves, norms, strict=True):
         most = varying_like(jnp.broadcast_to(limit, norm.shape), norm)
         finite = jnp.isfinite(norm)
-        first, second = factors(norm, most, response)
+        first, second = factors(jnp.where(finite, norm, 0), most, response)
         if x.ndim < 2 or not x.size:
             top = norm
             first = jnp.where(finite, first, fill).astype(norm.dtype)
@@ -245,7 +245,7 @@ def _held(leaves, norms, limit, *, change, option, response, on_nonfinite):
             )
             top = jnp.where(needs, top, norm)
             result = jnp.where(finite, jnp.where(needs, changed, wide), fill).astype(x.dtype)
-        first, second = factors(top, most, response)
+        first, second = factors(jnp.where(finite, top, 0), most, response)
         held.append(result)
         tops.append(top)
         limits.append(most)
@@ -294,7 +294,8 @@ def _by_newton_schulz(
     least = jnp.maximum((first * second) ** 2, hidden)
     a = _times(_identities(gram), least) + _times(gram, (1 - least) / bound)
     root = _inverse_root(a, jax.lax.stop_gradient(least), iterations)
-    held = _times(product(root, near), up[0] * second * first, up[1])
+    # One power each, so that neither product leaves the range.
+    held = _times(product(root, near), up[0] * second, up[1] * first)
     return (jnp.swapaxes(held, -1, -2) if is_tall else held), top
 
 

@@ -318,6 +318,43 @@ def test_derivatives_are_finite_and_agree_with_forward_mode(strategy, scale):
     np.testing.assert_allclose(backward, jax.jacfwd(clipped)(x), rtol=1e-4, atol=1e-6)
 
 
+@representatives
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev], ids=["forward", "backward"])
+def test_an_update_that_was_zeroed_has_a_derivative_of_zero(strategy, mode, bad):
+    """By the updates and by the limit; zero times the derivative at a NaN would be NaN."""
+    params = {"x": jnp.ones(3), "y": jnp.ones((2, 2))}
+
+    def clipped(limit, updates):
+        return apply(strategy.make(limit), updates, params)[0]
+
+    limit, y = jnp.float32(0.5), jnp.array([[3.0, 0.0], [0.0, 40.0]])
+    updates = {"x": jnp.array([bad, 2.0, -30.0]), "y": y}
+    result = clipped(limit, updates)
+    assert float(result["x"][0]) == 0
+    for name, (by_limit, by_updates) in mode(clipped, argnums=(0, 1))(limit, updates).items():
+        chex.assert_tree_all_finite((by_limit, by_updates))
+        # What is zero in `y` was so before: only `x` was zeroed.
+        zeroed = (result[name] == 0) & (name == "x")
+        for row in (by_limit, *by_updates.values()):
+            np.testing.assert_array_equal(row[zeroed], 0)
+
+
+@representatives
+def test_the_derivative_of_a_mapped_update_is_that_of_each(strategy):
+    """Also of one that was zeroed, beside one that was not."""
+    params = {"x": jnp.ones(3)}
+
+    def clipped(x):
+        return apply(strategy.make(LIMIT), {"x": x}, params)[0]["x"]
+
+    x = jnp.array([[3.0, -4.0, 0.1], [jnp.nan, 1.0, -20.0], [1e-3, 0.0, 1e25]])
+    rows = jax.jacrev(jax.vmap(clipped))(x)
+    for i in range(3):
+        np.testing.assert_allclose(rows[i, :, i], jax.jacrev(clipped)(x[i]), rtol=1e-6)
+    assert np.isfinite(rows).all()
+
+
 @formulas
 def test_the_derivative_is_that_of_finite_differences(strategy, x64):
     clip = strategy.make(LIMIT)

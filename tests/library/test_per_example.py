@@ -411,6 +411,21 @@ def test_the_order_of_examples_does_not_matter(order, rule):
     assert jax.tree.map(int, clipped) == jax.tree.map(int, count)
 
 
+@pytest.mark.parametrize("max_norm", [1e37, 3e38])
+def test_a_zero_example_is_zero_under_the_largest_automatic_limit(max_norm):
+    """The factor is 1e39, and zero times infinity is NaN."""
+    clip = functools.partial(per_example_clip, max_norm=max_norm, response=automatic)
+    total, _ = clip(jnp.array([[0.0, 0.0], [0.99, 0.0]]))
+    np.testing.assert_allclose(total, [0.99 * max_norm, 0.0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev], ids=["forward", "backward"])
+def test_an_example_that_is_not_finite_has_a_derivative_of_zero(mode):
+    grads = jnp.array([[jnp.nan, 1.0], [0.3, 0.4]])
+    rows = mode(lambda grads: per_example_clip(grads, 1.0)[0])(grads)
+    np.testing.assert_allclose(rows, [[[0, 0], [1, 0]], [[0, 0], [0, 1]]])
+
+
 @pytest.mark.parametrize("response", list(RESPONSES), ids=lambda response: response.__name__)
 def test_zero_gradients_stay_zero_and_limits_0_and_infinity_mean_what_they_say(response):
     clip = compiled_clip(global_norm, response, jnp.float32)
