@@ -29,7 +29,7 @@ def spam_clip(
     threshold: Threshold = 5000.0,
     decay: Any = 0.999,
     *,
-    warmup_steps: int = 20,
+    warmup_steps: int = 19,
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
@@ -47,9 +47,9 @@ def spam_clip(
         successor), so an element may be 71 times its root mean square. `inf` or None clips
         nothing and still measures; 0 gives zeros. May be a schedule.
       decay: β, between 0 and 1 (exclusive); 0.999 as in Adam, whose second moment the paper uses.
-      warmup_steps: Number of updates at the start that all pass; 20 in the paper. v starts at
-        zero and is not corrected for it, so an element may be 10 times its root mean square in
-        update 21, 44 times in update 500.
+      warmup_steps: Number of updates at the start that all pass; 19, for the authors' code clips
+        from update 20 on. v starts at zero and is not corrected for it, so an element may be 10
+        times its root mean square in update 20, 44 times in update 500.
       axis_name: See `global_norm`; the clip needs no other device, but the norm in the state does.
       on_nonfinite: `"zero"` makes each element that is NaN or infinite zero; `"propagate"`, NaN.
         Either way it does not enter v.
@@ -60,7 +60,7 @@ def spam_clip(
       its `clip_factor` that of the element that went furthest beyond.
 
       An element that was zero so far (v = 0) passes. A constant one passes for ever, as long as
-      Θ(1 - β^warmup_steps) is at least 1 (99 here). One that grows for good is let through at
+      Θ(1 - β^warmup_steps) is at least 1 (94 here). One that grows for good is let through at
       2.4 times more in each update: 16 updates to a million times its size. One that shrinks for
       good has a limit too high for 4,605 updates for each factor of 10. Squares of 1e20 do not
       overflow: the state keeps the root of v. Complex elements are held by modulus.

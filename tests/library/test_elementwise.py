@@ -80,6 +80,22 @@ def test_the_equations_on_a_stream_with_spikes(threshold, decay, warmup_steps):
     assert (expected != stream).any()
 
 
+def test_by_default_the_twentieth_update_is_the_first_that_is_clipped():
+    """The loop of the authors: it counts steps from 1 on and clips those from 20 on."""
+    stream = [np.float64(1e3 if step == 19 else 1.0) for step in range(1, 20)] + [np.float64(1e6)]
+    v, expected = 0.0, []
+    for step, g in enumerate(stream, start=1):
+        if step >= 20 and g * g > 5000 * v:
+            g = np.sign(g) * np.sqrt(5000 * v)
+        v = 0.999 * v + 0.001 * g * g
+        expected.append(g)
+    results, state = run(spam_clip(), [jnp.asarray([g], jnp.float32) for g in stream])
+    np.testing.assert_allclose(np.concatenate(results), expected, rtol=1e-5)
+    assert float(results[-2][0]) == 1e3
+    assert float(results[-1][0]) < 1e4
+    assert int(metrics(state)["clip_count"]) == 1
+
+
 def test_a_spike_is_clipped_at_all():
     """A widely used port writes through a copy made by a mask, and never clips."""
     stream = [jnp.array([1.0, -1.0])] * 100 + [jnp.array([1e4, -1e4])]
