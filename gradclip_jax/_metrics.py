@@ -49,6 +49,11 @@ def metrics(opt_state: Any, *, per_group: bool = False) -> dict[str, jax.Array]:
       and give `grad_norm` and `step_count` of all updates: one that is skipped reaches no clip
       within.
 
+      Of norms of units that `pmap`, or `shard_map` with `check_vma=False`, splits over devices,
+      each device sees its own: there `grad_norm`, `clip_limit`, `clip_factor` and `clipped` are
+      those of the units on that device, and only the counters are agreed on. Return the state by
+      its PartitionSpecs and call `metrics` outside, or check the types.
+
     Raises:
       ValueError: When there is neither a clip nor a guard in the state.
 

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import shard_map
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import gradclip_jax
 from gradclip_jax import metrics
@@ -180,3 +182,21 @@ def test_metrics_run_inside_scan():
 def test_of_units_in_several_arrays_the_factor_is_the_smallest():
     state = after(gradclip_jax.clip_by_unit_norm(6.0), GRADS)  # norms 5 and 12, and 84
     assert numbers(gradclip_jax.metrics(state))["clip_factor"] == pytest.approx(6 / 84)
+
+
+def test_metrics_of_split_units_are_those_of_all_outside_the_region(mesh):
+    """Inside one with unchecked types each device sees its own units."""
+    specs = P(None, "data")
+    clip = gradclip_jax.clip_by_unit_norm(1.0, axis_name=specs)
+    grads = jnp.ones((4, 8)).at[:, 3].set(5.0)
+    of_state = jax.tree.map(lambda x: P(), clip.init(jnp.ones((4, 1))))
+    of_state = of_state._replace(grad_norm=specs, clip_limit=specs, clip_factor=specs)
+
+    def update(grads):
+        return clip.update(grads, clip.init(grads))[1]
+
+    state = shard_map(update, mesh=mesh, in_specs=specs, out_specs=of_state, check_vma=False)(grads)
+    seen = gradclip_jax.metrics(state)
+    assert float(seen["grad_norm"]) == pytest.approx(np.sqrt(7 * 4 + 100))
+    assert float(seen["clip_factor"]) == pytest.approx(0.1)
+    assert float(seen["clipped"]) == 1.0
