@@ -248,6 +248,25 @@ def with_all_rows(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, sharding.update(spec=spec))
 
 
+def with_whole_matrices(x: jax.Array) -> jax.Array:
+    """`x`, its last two dimensions no longer split by explicit mesh axes.
+
+    jax decomposes no matrix that they split, and multiplies few; under automatic axes the
+    compiler gathers such a matrix by itself.
+    """
+    sharding = jax.typeof(x).sharding
+    if len(x.shape) < 2 or not any(_names(sharding.spec[-2:])):
+        return x
+    spec = PartitionSpec(*sharding.spec[:-2], None, None)
+    return jax.sharding.reshard(x, sharding.update(spec=spec))
+
+
+def split_again(x: jax.Array, origin: jax.Array) -> jax.Array:
+    """What came of the whole matrices of `origin`, split by explicit mesh axes as that is."""
+    sharding = jax.typeof(origin).sharding
+    return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
+
+
 def split_as(x: jax.Array, *dimensions: tuple[jax.Array, int]) -> Any:
     """The `out_sharding` of an array whose dimensions are split as these dimensions of arrays.
 

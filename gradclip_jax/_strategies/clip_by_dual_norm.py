@@ -18,7 +18,15 @@ from .._clip import (
     read_threshold,
     record,
 )
-from .._devices import AxisName, back, of_leaves, on_device, path_name
+from .._devices import (
+    AxisName,
+    back,
+    of_leaves,
+    on_device,
+    path_name,
+    split_again,
+    with_whole_matrices,
+)
 from .._limits import constant
 from .._matrices import check_whole_matrices, powers_near, product
 from .._norms import all_finite, global_norm, is_function, is_gradient, leaf_norms, widen
@@ -172,7 +180,9 @@ def clip_by_dual_norm(
         check_whole_matrices(tree.unflatten(_only(leaves, whole)), axis_name)
         parts, points = list(leaves), {}
         for i, of_leaf in balls.items():
-            parts[i], points[i] = of_leaf.split(widen(on_device(leaves[i])))
+            x = widen(on_device(leaves[i]))
+            x = with_whole_matrices(x) if of_leaf.whole else x
+            parts[i], points[i] = of_leaf.split(x)
         duals: dict[int, Any] = {}
         for order in sorted({of_leaf.order for of_leaf in balls.values()}):
             alike = [i for i in balls if balls[i].order == order]
@@ -183,7 +193,8 @@ def clip_by_dual_norm(
         finite, below = jnp.isfinite(norm), norm < most
         length = jnp.where(below, norm, 1) / jnp.where(below, most, 1)
         for i, point in points.items():
-            x, step = on_device(leaves[i]), point(duals[i])
+            x = on_device(leaves[i])
+            step = split_again(point(duals[i]), x)
             step = jnp.where(most < jnp.inf, step * length.astype(step.dtype), widen(x))
             leaves[i] = back(jnp.where(finite, step, fill).astype(x.dtype), leaves[i])
         return tree.unflatten(leaves), record(

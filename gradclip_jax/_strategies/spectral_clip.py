@@ -25,7 +25,9 @@ from .._devices import (
     any_device,
     back,
     on_device,
+    split_again,
     varying_like,
+    with_whole_matrices,
 )
 from .._limits import constant
 from .._matrices import check_whole_matrices, matrix_norms, powers_near, product
@@ -66,7 +68,8 @@ def spectral_clip(
       response: From a singular value and the limit to a factor: `shrink`, one of the smooth
         responses, or `drop`. One that never enlarges; see the fast path below.
       axis_name: See `global_norm`. Inside `shard_map` a leaf must hold whole matrices: it may be
-        split along its leading axes (tell it by PartitionSpecs), and vectors along any.
+        split along its leading axes (tell it by PartitionSpecs), and vectors along any. Under
+        `jit` matrices may be split by automatic or explicit axes: each is gathered for the time.
       on_nonfinite: See `clip_to_limit`; a matrix with a NaN becomes zero, the others pass.
 
     Returns:
@@ -197,7 +200,7 @@ def _of_matrices(
         leaves, tree = jax.tree.flatten(updates)
         held = [i for i, norm in enumerate(tree.flatten_up_to(norms)) if norm is not None]
         changed, *of_norms, flags = _held(
-            [on_device(leaves[i]) for i in held],
+            [with_whole_matrices(on_device(leaves[i])) for i in held],
             jax.tree.leaves(norms),
             value,
             change=change,
@@ -206,7 +209,7 @@ def _of_matrices(
             on_nonfinite=on_nonfinite,
         )
         for i, leaf in zip(held, changed, strict=True):
-            leaves[i] = back(leaf, leaves[i])
+            leaves[i] = back(split_again(leaf, leaves[i]), leaves[i])
         flags = any_device(flags, axis_name)
         return tree.unflatten(leaves), record(
             state,
@@ -313,7 +316,8 @@ def _inverse_root(a: jax.Array, least: jax.Array, iterations: int) -> jax.Array:
         t = _times(three - _times(product(z, y), r * r), r / 2)
         return product(y, t), product(t, z), jnp.minimum(r * low * (3 - r * r * low * low) / 2, 1)
 
-    one = varying_like(_identities(a), a)
+    # The zeros are split as `a` is, also where no mesh is set.
+    one = varying_like(jnp.zeros_like(a) + _identities(a), a)
     return jax.lax.fori_loop(0, iterations, step, (a, one, jnp.sqrt(least)))[1]
 
 

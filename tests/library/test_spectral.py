@@ -1,5 +1,6 @@
 """Singular values held to a limit, by decomposition and by matrix products."""
 
+import contextlib
 import functools
 
 import chex
@@ -10,7 +11,7 @@ import optax
 import orbax.checkpoint
 import pytest
 from conftest import make_mesh, shard_map
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gradclip_jax import clip_by_dual_norm, drop, metrics, smooth_sqrt
 from gradclip_jax._strategies import spectral_clip as spectral_module
@@ -314,6 +315,29 @@ def test_composes_with_the_wrappers_of_optax(make, standard_promotion):
     result, state = jax.jit(wrapped.update)(params, wrapped.init(params), params)
     np.testing.assert_allclose(result["b"], -1.0)
     assert int(metrics(state)["step_count"]) == 1
+
+
+@pytest.mark.parametrize("is_set", [True, False], ids=["set", "unset"])
+@pytest.mark.parametrize("split", [("x", "y"), ("x", None), (None, "y"), (("x", "y"), None)])
+@pytest.mark.parametrize(
+    "clip",
+    [spectral_clip(1.0), soft_spectral_clip(1.0), clip_by_dual_norm(1.0)],
+    ids=["hard", "soft", "dual"],
+)
+def test_a_matrix_split_by_explicit_axes_is_gathered_and_split_again(clip, split, is_set):
+    """jax raises a ShardingTypeError for its decomposition and for its products."""
+    mesh = make_mesh(AxisType.Explicit, x=2, y=2)
+    specs = {"w": PartitionSpec(*split), "s": PartitionSpec("y", None, "x")}
+    rng = np.random.default_rng(0)
+    shapes = {"w": (8, 4), "s": (2, 4, 8)}
+    grads = {key: jnp.asarray(rng.normal(size=shape), "float32") for key, shape in shapes.items()}
+    expected, _ = apply(clip, grads)
+    placed = {key: jax.device_put(x, NamedSharding(mesh, specs[key])) for key, x in grads.items()}
+    with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
+        result = jax.jit(lambda grads: apply(clip, grads)[0])(placed)
+    chex.assert_trees_all_close(result, expected, rtol=2e-4, atol=1e-5)
+    for key, leaf in result.items():
+        assert leaf.sharding.is_equivalent_to(placed[key].sharding, leaf.ndim)
 
 
 def test_stacks_may_be_split_over_devices_and_matrices_may_not(mesh):
