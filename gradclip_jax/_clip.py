@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ._checks import takes
@@ -121,7 +122,10 @@ def clip_to_limit(
     def init(params: Any) -> ClipState:
         norms = measured_types(measure, params, axis_name)
         zeros = [filled_like(0.0, kind) for kind in jax.tree.leaves(norms)]
-        return initial_state(norms, tuple(limit.init(norm) for norm in zeros))
+        return initial_state(norms, memory(zeros))
+
+    def memory(norms: Any) -> tuple[Any, ...]:
+        return tuple(limit.init(norm) for norm in jax.tree.leaves(norms))
 
     def update(updates, state, params=None, *, grad_norm=None, **extra_args):
         del extra_args
@@ -138,7 +142,7 @@ def clip_to_limit(
         limits, limit_states = zip(*observed, strict=True) if observed else ((), ())
         return hold(updates, norms, limits, state, limit_states, response, on_nonfinite, axis_name)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update, memory)
 
 
 def named_strategy(strategy: Callable[P, T]) -> Callable[P, T]:
@@ -229,14 +233,89 @@ def check_params(updates: Any, params: Any) -> None:
         raise ValueError(f"`params` must have the structure of the updates: {error}") from error
 
 
+def transformation(
+    init: Callable[[Any], Any],
+    update: Callable[..., tuple[Any, Any]],
+    memory: Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A clip whose update takes the states that its `init` makes, and says so of any other.
+
+    Many loops pass None or `optax.EmptyState()` to a clip, for those of optax have no state. One
+    without a memory starts afresh from these: nothing is lost but its counters. `memory` makes
+    the state of the limit from norms, for less than a whole `init`.
+    """
+    last: list[Any] = [None]
+
+    def checked(updates, state, params=None, **extra_args):
+        if state is None or isinstance(state, optax.EmptyState):
+            started = init(updates)
+            if jax.tree.leaves(getattr(started, "limit_state", ())):
+                raise ValueError(
+                    f"`state` must be what `init` returned, got {state!r}: the limit of this clip "
+                    "has a memory. Call `init(params)` once and pass each update the state of the "
+                    "one before."
+                )
+            return update(updates, started, params, **extra_args)
+        kind = _kind(state)
+        if kind != last[0]:
+            # Once for each program; called eagerly, once for each kind of state.
+            if memory is not None and isinstance(state, ClipState):
+                limit_state = jax.eval_shape(memory, state.grad_norm)
+                fresh = state._replace(limit_state=limit_state)
+            else:
+                fresh = jax.eval_shape(lambda: init(updates))
+            if kind != _kind(fresh):
+                check_trees(updates, params)
+                _raise_for_state(state, jax.eval_shape(lambda: init(updates)))
+            last[0] = kind
+        return update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, checked)
+
+
+def _raise_for_state(state: Any, fresh: Any) -> None:
+    check_type(state, type(fresh))
+    if isinstance(fresh, ClipState):
+        check_norms(fresh.grad_norm, state)
+    raise ValueError(
+        "`updates` must have the structure of the params given to `init`, and `state` come from "
+        f"this clip: it is {_kind(state)}, not {_kind(fresh)}. Call `init(params)`, or "
+        "`upgrade_state(state, init(params))` where it comes from a checkpoint."
+    )
+
+
+def check_type(state: Any, kind: type) -> None:
+    """Raise when a state is not of the type that `init` returns."""
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"`state` must be the `{kind.__name__}` that `init` returned, got "
+            f"{type(state).__name__}. Call `init(params)`, or `upgrade_state(state, init(params))` "
+            "where it comes from a checkpoint."
+        )
+
+
+def _kind(state: Any) -> Any:
+    """What all states of one clip share, on however many devices: structure, ranks, kinds."""
+    leaves, treedef = jax.tree.flatten(state)
+    arrays = [leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for leaf in leaves]
+    # Shapes may be those of one device, and a float64 may come from a program with x64.
+    return treedef, [(array.ndim, array.dtype.kind) for array in arrays]
+
+
 def check_norms(norms: Any, state: ClipState) -> None:
-    """Raise when norms have another structure than those in the state, made by `init`."""
-    measured, known = jax.tree.structure(_plain(norms)), jax.tree.structure(state.grad_norm)
+    """Raise when norms are not those of the state, made by `init`."""
+    measured, known = _ranks(_plain(norms)), _ranks(state.grad_norm)
     if measured != known:
         raise ValueError(
-            "`updates` must have the structure of the params given to `init`: their norms are "
-            f"{measured}, the state has {known}."
+            "`updates` must have the structure of the params given to `init`, and `state` come "
+            f"from this clip: their norms are {measured[0]} with ranks {measured[1]}, the state "
+            f"has {known[0]} with ranks {known[1]}."
         )
+
+
+def _ranks(norms: Any) -> tuple[Any, list[int]]:
+    leaves, treedef = jax.tree.flatten(norms)
+    return treedef, [leaf.ndim if hasattr(leaf, "ndim") else np.ndim(leaf) for leaf in leaves]
 
 
 def known_norm(grad_norm: Any, like: jax.Array) -> jax.Array:

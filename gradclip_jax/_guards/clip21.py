@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import check_transformation
-from .._clip import check_trees
+from .._clip import check_trees, check_type
 from .error_feedback import added, cast_like, is_none, merged, zeros_like
 
 
@@ -66,6 +66,7 @@ def clip21(clip: optax.GradientTransformation) -> optax.GradientTransformationEx
         return Clip21State(zeros_like(params), clip.init(params))
 
     def update(updates, state, params=None, **extra_args):
+        check_type(state, Clip21State)
         check_trees(updates, params)
         # A norm that the caller knows is that of the gradients, not of what is clipped here.
         extra_args.pop("grad_norm", None)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import Threshold, check_threshold, check_transformation
-from .._clip import check_trees, init_threshold, named_strategy, read_threshold
+from .._clip import check_trees, check_type, init_threshold, named_strategy, read_threshold
 from .._devices import AxisName, varying_like
 from .._limits import constant
 from .._norms import global_norm, is_gradient, widen
@@ -84,6 +84,7 @@ def error_feedback(
         return ErrorFeedbackState(zeros_like(params), init_threshold(limit), clip.init(params))
 
     def update(updates, state, params=None, **extra_args):
+        check_type(state, ErrorFeedbackState)
         check_trees(updates, params)
         # A norm that the caller knows is that of the gradients, not of what is clipped here.
         extra_args.pop("grad_norm", None)

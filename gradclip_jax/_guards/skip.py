@@ -11,7 +11,14 @@ import optax
 from jax.sharding import PartitionSpec
 
 from .._checks import Threshold, check_transformation, check_whole_number
-from .._clip import check_trees, counted, known_norm, measured_types, named_strategy
+from .._clip import (
+    check_trees,
+    check_type,
+    counted,
+    known_norm,
+    measured_types,
+    named_strategy,
+)
 from .._devices import AxisName, changed_in_place, filled_like, varying_like
 from .._limits import Limit, as_limit, constant, observe
 from .._norms import global_norm, is_gradient, leaf_norms, leaf_sizes
@@ -199,6 +206,7 @@ def _skip(
         )
 
     def update(updates, state, params=None, **extra_args):
+        check_type(state, SkipState)
         check_trees(updates, params)
         if "grad_norm" in extra_args:
             norm = known_norm(extra_args["grad_norm"], state.grad_norm)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._clip import NonfiniteState, counted
+from .._clip import NonfiniteState, counted, transformation
 from .._devices import AxisName, beside, changed_in_place, reduced_in_place
 from .._norms import all_finite, global_norm, is_gradient, norm_dtype
 
@@ -49,7 +49,7 @@ def zero_nonfinite(*, axis_name: AxisName = None) -> optax.GradientTransformatio
         count = counted(state.nonfinite_count, met)
         return finite_part(updates), NonfiniteState(count, counted(state.step_count, True))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def finite_part(updates: Any) -> Any:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import check_above, check_number
+from .._clip import check_type
 from .._limits.quantile import quantile as quantile_limit
 from .._norms import is_gradient, norm_dtype, widen
 from .rule import check_max_norm
@@ -76,6 +77,7 @@ def gaussian_noise(
 
     def update(updates, state, params=None, *, max_norm=None, **extra_args):
         del params, extra_args
+        check_type(state, NoiseState)
         scale = [multiplier, bound if max_norm is None else max_norm, divisor]
         z, c, n = (jnp.asarray(number).astype(norm_dtype()) for number in scale)
         deviation = jnp.where(z == 0, 0, z * c / n)  # c may be infinite

@@ -17,6 +17,7 @@ from .._clip import (
     measured_types,
     named_strategy,
     read_threshold,
+    transformation,
 )
 from .._devices import AxisName, filled_like, types_tell
 from .._limits import Limit, constant, observe
@@ -123,7 +124,7 @@ def adagc(
             axis_name=axis_name,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 # Called eagerly this is one cached program for each number of arrays; inside a trace it inlines.

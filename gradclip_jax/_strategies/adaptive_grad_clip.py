@@ -17,6 +17,7 @@ from .._clip import (
     measured_types,
     named_strategy,
     read_threshold,
+    transformation,
 )
 from .._devices import AxisName, of_pair
 from .._limits import constant
@@ -105,7 +106,7 @@ def adaptive_grad_clip(
             axis_name=axis_name,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def nfnets_axes(path: str, leaf: Any) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from .._clip import (
     measured_types,
     named_strategy,
     read_threshold,
+    transformation,
 )
 from .._devices import AxisName
 from .._limits import constant
@@ -79,4 +80,4 @@ def clip_by_block_rms(
             axis_name=axis_name,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)

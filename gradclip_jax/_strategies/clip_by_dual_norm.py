@@ -17,6 +17,7 @@ from .._clip import (
     named_strategy,
     read_threshold,
     record,
+    transformation,
 )
 from .._devices import (
     AxisName,
@@ -207,7 +208,7 @@ def clip_by_dual_norm(
             limit_state=limit_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _balls(ball: Any, updates: Any) -> Iterator[tuple[int, Ball]]:

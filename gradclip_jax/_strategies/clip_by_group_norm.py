@@ -7,7 +7,15 @@ from typing import Any
 import optax
 
 from .._checks import Threshold, check_threshold
-from .._clip import check_trees, clip_to_limit, hold, initial_state, measured_types, named_strategy
+from .._clip import (
+    check_trees,
+    clip_to_limit,
+    hold,
+    initial_state,
+    measured_types,
+    named_strategy,
+    transformation,
+)
 from .._devices import AxisName, filled_like
 from .._limits import constant, observe
 from .._norms import group_norms
@@ -97,4 +105,4 @@ def clip_by_group_norm(
             axis_name=axis_name,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)

@@ -16,6 +16,7 @@ from .._clip import (
     named_strategy,
     read_threshold,
     record,
+    transformation,
 )
 from .._devices import AxisName, beside, changed_in_place, of_pair
 from .._limits import constant
@@ -102,7 +103,7 @@ def clip_by_value(
             limit_state=(down_state, up_state),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _furthest(

@@ -17,6 +17,7 @@ from .._clip import (
     named_strategy,
     read_threshold,
     record,
+    transformation,
 )
 from .._devices import AxisName, back, filled_like, of_leaves, on_device
 from .._limits import constant
@@ -127,7 +128,7 @@ def spam_clip(
             limit_state=(clock, tree.unflatten(arrays)),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _largest(tree: Any, *, axis_name: AxisName = None) -> jax.Array:

@@ -19,6 +19,7 @@ from .._clip import (
     named_strategy,
     read_threshold,
     record,
+    transformation,
 )
 from .._devices import (
     AxisName,
@@ -219,7 +220,7 @@ def _of_matrices(
             limit_state=limit_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 # Called eagerly this is one cached program for each tree structure; inside a trace it inlines.

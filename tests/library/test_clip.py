@@ -211,3 +211,42 @@ def test_counters_stop_at_their_largest_value():
     state = clip.init(GRADS)._replace(step_count=most, clip_count=most)
     _, state = clip.update(GRADS, state)
     assert int(state.step_count) == int(state.clip_count) == 2**31 - 1
+
+
+WITH_A_MEMORY = {
+    "adagc": gradclip_jax.adagc(),
+    "spam_clip": gradclip_jax.spam_clip(),
+    "zclip": gradclip_jax.zclip(),
+    "skip_nonfinite": gradclip_jax.skip_nonfinite(optax.sgd(1.0)),
+    "skip_spikes": gradclip_jax.skip_spikes(optax.sgd(1.0), 1.0),
+    "error_feedback": gradclip_jax.error_feedback(gradclip_jax.clip_by_value(1.0)),
+    "clip21": gradclip_jax.clip21(gradclip_jax.clip_by_value(1.0)),
+    "gaussian_noise": gradclip_jax.gaussian_noise(1.0, 1.0, key=0),
+}
+
+
+@pytest.mark.parametrize("clip", WITH_A_MEMORY.values(), ids=WITH_A_MEMORY)
+def test_what_has_a_memory_names_init_for_any_other_state(clip):
+    others = [None, (), optax.EmptyState(), optax.adam(1.0).init(GRADS)]
+    others.append(gradclip_jax.clip_by_norm(1.0).init(GRADS))
+    for other in others:
+        with pytest.raises(ValueError, match=r"`state` (must|come from).*"):
+            clip.update(GRADS, other, GRADS)
+
+
+@pytest.mark.parametrize("state", [None, optax.EmptyState()], ids=str)
+@pytest.mark.parametrize(
+    "clip",
+    [gradclip_jax.zero_nonfinite(), gradclip_jax.clip_by_dual_norm(1.0)],
+    ids=["zero_nonfinite", "clip_by_dual_norm"],
+)
+def test_counters_and_constants_start_afresh(clip, state):
+    expected = clip.update(GRADS, clip.init(GRADS))
+    jax.tree.map(np.testing.assert_array_equal, clip.update(GRADS, state), expected)
+
+
+def test_a_state_with_other_ranks_of_norms_raises():
+    """A norm for each array, and one for each unit of it, have one structure."""
+    clip = gradclip_jax.clip_by_unit_norm(1.0)
+    with pytest.raises(ValueError, match=r"given to `init`, and `state` come .* ranks \[0, 0\]"):
+        clip.update(GRADS, gradclip_jax.clip_by_norm(1.0).init(GRADS))

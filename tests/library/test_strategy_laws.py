@@ -346,3 +346,56 @@ def test_an_initial_state_may_be_donated_to_a_step_that_may_keep_it(strategy):
     step = jax.jit(step, donate_argnums=0)
     state = step(step(clip.init(PARAMS), False), True)
     assert int(seen(state)["step_count"]) == 1
+
+
+@all_strategies
+@pytest.mark.parametrize("state", [None, optax.EmptyState()], ids=["None", "EmptyState"])
+def test_a_clip_without_a_memory_starts_from_no_state(strategy, state):
+    """MaxText and many loops call clips so: those of optax have no state."""
+    if LIBRARY != "gradclip_jax":
+        pytest.skip("its clips have no state to begin with")
+    clip = strategy.make(LIMIT)
+    fresh = clip.init(PARAMS)
+    grads = normal_tree(5, scale=100 * LIMIT)
+    if jax.tree.leaves(fresh.limit_state):
+        with pytest.raises(ValueError, match="`state` must be what `init` returned"):
+            clip.update(grads, state, PARAMS)
+        return
+    expected = clip.update(grads, fresh, PARAMS)
+    got = clip.update(grads, state, PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    compiled = jax.jit(lambda grads: clip.update(grads, state, PARAMS))(grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), compiled, expected)
+
+
+@all_strategies
+def test_the_state_of_another_clip_raises_and_names_init(strategy):
+    if LIBRARY != "gradclip_jax":
+        pytest.skip("its clips have no state")
+    clip = strategy.make(LIMIT)
+    fresh, grads = clip.init(PARAMS), normal_tree(6)
+    others = [other.make(LIMIT).init(PARAMS) for other in STRATEGIES]
+    others += [optax.adam(1e-3).init(PARAMS), gradclip_jax.zero_nonfinite().init(PARAMS), (), 1.0]
+    for other in others:
+        if _kind(other) != _kind(fresh):
+            with pytest.raises(ValueError, match="`init`|`init\\(params\\)`"):
+                clip.update(grads, other, PARAMS)
+    # What was accepted once is not taken for granted.
+    clip.update(grads, fresh, PARAMS)
+    with pytest.raises(ValueError, match="`state` must be the `ClipState` that `init` returned"):
+        clip.update(grads, optax.adam(1e-3).init(PARAMS), PARAMS)
+
+
+def _kind(state):
+    return type(state), jax.tree.structure(state), [jnp.ndim(x) for x in jax.tree.leaves(state)]
+
+
+@all_strategies
+def test_a_schedule_has_a_memory(strategy):
+    if LIBRARY != "gradclip_jax":
+        pytest.skip("its clips have no state")
+    scheduled = strategy.make(lambda count: LIMIT)
+    with pytest.raises(ValueError, match="the limit of this clip has a memory"):
+        scheduled.update(normal_tree(7), optax.EmptyState(), PARAMS)
+    with pytest.raises(ValueError, match="`init`"):
+        scheduled.update(normal_tree(7), strategy.make(LIMIT).init(PARAMS), PARAMS)
