@@ -96,10 +96,7 @@ def scan(clip: Any, norms: jax.Array) -> tuple[jax.Array, Any]:
     """The limit of each norm, in columns that know nothing of each other; and the last state."""
 
     def step(state: Any, row: jax.Array) -> Any:
-        # The gradient is its norm, so that it need not be measured.
-        _, state = jax.vmap(lambda norm, state: clip.update(norm, state, grad_norm=norm))(
-            row, state
-        )
+        _, state = jax.vmap(clip.update)(row, state)  # the gradient is its norm
         return state, state.clip_limit
 
     state, limits = jax.lax.scan(step, jax.vmap(clip.init)(jnp.zeros_like(norms[0])), norms)

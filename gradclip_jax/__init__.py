@@ -4,6 +4,7 @@ import importlib.metadata as _metadata
 
 from ._backward import clip_cotangent as clip_cotangent
 from ._clip import ClipState as ClipState, clip_to_limit as clip_to_limit
+from ._given import given_norm as given_norm
 from ._guards import (
     SkipState as SkipState,
     clip21 as clip21,

@@ -32,7 +32,11 @@ from ._rescale import (
 )
 
 Measure = Callable[..., Any]
-"""`(updates, *, axis_name) -> norms`, where the tree of the norms is a prefix of the updates."""
+"""`(updates, *, axis_name) -> norms`, where the tree of the norms is a prefix of the updates.
+
+One that also has an argument `extra_args` gets the extra arguments of the update, as a mapping; at
+`init`, where only the types of its norms are asked for, None.
+"""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -91,8 +95,9 @@ def clip_to_limit(
     Args:
       limit: A `Limit`, or a threshold as in `constant`.
       measure: `global_norm`, `leaf_norms`, `unit_norms`, `group_norms` (its labels bound by
-        `functools.partial`), or a function `(updates, *, axis_name) -> norms` with norms in a
-        prefix pytree of the updates.
+        `functools.partial`), `given_norm("grad_norm")` for a norm that is known already, or a
+        function `(updates, *, axis_name) -> norms` with norms in a prefix pytree of the updates.
+        One with an argument `extra_args` gets those of the update, and None at `init`.
       response: `shrink`, `normalize`, `smooth`, `smooth_sqrt`, `smooth_tanh`, `drop`, or a
         function `(norm, limit) -> factor`.
       axis_name: Handed to the measure; see `global_norm`.
@@ -100,8 +105,8 @@ def clip_to_limit(
         for NaN throughout. Either way it is counted, and no limit learns from it.
 
     Returns:
-      A transformation whose update also accepts `grad_norm`: a norm that is already known and is
-      used instead of measuring, where the measure is one scalar. One below 0 counts as not finite.
+      A transformation with a `ClipState`. Where the limit has no memory (a number, not a
+      schedule), its update also starts from None and from `optax.EmptyState()`.
 
     Raises:
       ValueError: For a threshold, a measure, a response or a policy that may not be; in `update`,
@@ -127,13 +132,9 @@ def clip_to_limit(
     def memory(norms: Any) -> tuple[Any, ...]:
         return tuple(limit.init(norm) for norm in jax.tree.leaves(norms))
 
-    def update(updates, state, params=None, *, grad_norm=None, **extra_args):
-        del extra_args
+    def update(updates, state, params=None, **extra_args):
         check_trees(updates, params)
-        if grad_norm is not None and _is_scalar(state.grad_norm):
-            norms = known_norm(grad_norm, state.grad_norm)
-        else:
-            norms = measure(updates, axis_name=axis_name)
+        norms = in_update(measure, extra_args)(updates, axis_name=axis_name)
         check_norms(norms, state)
         observed = [
             observe(limit, norm, limit_state)
@@ -205,7 +206,14 @@ def measured_types(measure: Measure, params: Any, axis_name: AxisName) -> Any:
     """Shapes and types of the norms of a tree; no value is read and outside no axis is bound."""
     gradients = jax.tree.map(lambda leaf: leaf if is_gradient(leaf) else None, params)
     along = axis_name if manual_axes() else ()
-    return jax.eval_shape(functools.partial(measure, axis_name=along), gradients)
+    return jax.eval_shape(functools.partial(in_update(measure, None), axis_name=along), gradients)
+
+
+def in_update(measure: Measure, extra_args: Any) -> Measure:
+    """The measure, with the extra arguments of an update (None at `init`) if it asks for them."""
+    if "extra_args" not in inspect.signature(measure).parameters:
+        return measure
+    return functools.partial(measure, extra_args=extra_args)
 
 
 def init_threshold(threshold: Limit) -> Any:
@@ -318,15 +326,6 @@ def _ranks(norms: Any) -> tuple[Any, list[int]]:
     return treedef, [leaf.ndim if hasattr(leaf, "ndim") else np.ndim(leaf) for leaf in leaves]
 
 
-def known_norm(grad_norm: Any, like: jax.Array) -> jax.Array:
-    """A norm that the caller measured already, as one of ours."""
-    if jnp.shape(grad_norm) != ():
-        raise ValueError(f"`grad_norm` must be a scalar, got shape {jnp.shape(grad_norm)}.")
-    norm = jnp.asarray(grad_norm).astype(like.dtype)
-    # Some programs say -1 for an overflow; a factor of that sign would turn the step round.
-    return jnp.where(norm < 0, jnp.nan, norm)
-
-
 def hold(
     updates: Any,
     norms: Any,
@@ -421,10 +420,6 @@ def _check_measure(measure: Measure) -> None:
             "`measure` must be a function `(updates, *, axis_name) -> norms`, such as "
             f"`gradclip_jax.leaf_norms`, got {measure!r}. Pass a response as `response`."
         )
-
-
-def _is_scalar(norms: Any) -> bool:
-    return isinstance(norms, jax.Array) and norms.ndim == 0
 
 
 def _any(flags: list[jax.Array]) -> jax.Array:

@@ -68,8 +68,6 @@ def clip21(clip: optax.GradientTransformation) -> optax.GradientTransformationEx
     def update(updates, state, params=None, **extra_args):
         check_type(state, Clip21State)
         check_trees(updates, params)
-        # A norm that the caller knows is that of the gradients, not of what is clipped here.
-        extra_args.pop("grad_norm", None)
         minus = jax.tree.map(jnp.negative, state.estimate)
         change = merged(added(updates, minus), updates)
         change, clip_state = clip.update(change, state.clip_state, params, **extra_args)

@@ -86,8 +86,6 @@ def error_feedback(
     def update(updates, state, params=None, **extra_args):
         check_type(state, ErrorFeedbackState)
         check_trees(updates, params)
-        # A norm that the caller knows is that of the gradients, not of what is clipped here.
-        extra_args.pop("grad_norm", None)
         wanted = merged(added(updates, state.carry), updates)
         clipped, clip_state = clip.update(wanted, state.clip_state, params, **extra_args)
         clipped = cast_like(clipped, updates)

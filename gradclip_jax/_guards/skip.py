@@ -12,14 +12,16 @@ from jax.sharding import PartitionSpec
 
 from .._checks import Threshold, check_transformation, check_whole_number
 from .._clip import (
+    Measure,
     check_trees,
     check_type,
     counted,
-    known_norm,
+    in_update,
     measured_types,
     named_strategy,
 )
 from .._devices import AxisName, changed_in_place, filled_like, varying_like
+from .._given import GivenNorm
 from .._limits import Limit, as_limit, constant, observe
 from .._norms import global_norm, is_gradient, leaf_norms, leaf_sizes
 from .._rescale import factors, rescale, shrink
@@ -58,6 +60,7 @@ def skip_nonfinite(
     inner: optax.GradientTransformation,
     *,
     max_consecutive: int = 16,
+    measure: Measure = global_norm,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Skip the steps of an optimizer in which a gradient is NaN or infinite.
@@ -78,11 +81,14 @@ def skip_nonfinite(
         gradient is finite again. Without it one weight whose gradient is always NaN would stop the
         run unseen. 16 is ours: a dynamic loss scale that starts at 2^16 and halves at every skip
         comes down to 1 first.
+      measure: A norm of all gradients, one scalar: `global_norm`, or `given_norm("grad_norm")`
+        where it is known already; clips within that read the same argument get the norm of what
+        goes on to them.
       axis_name: See `global_norm`. All devices skip together.
 
     Returns:
       An optimizer with a `SkipState`, which `metrics` reads. Its update takes the extra arguments
-      of `inner`, and `grad_norm` where that is known. Finite gradients come through bit for bit;
+      of `inner`. Finite gradients come through bit for bit;
       those whose norm is beyond the largest float32 count as not finite. The first gradient that
       is wider than its parameter (float32 and float16, say) widens the state of most optimizers,
       skipped or not, as it does without the guard. Functions and strings among the leaves pass;
@@ -103,7 +109,7 @@ def skip_nonfinite(
     https://arxiv.org/abs/1710.03740, section 3.2. `optax.apply_if_finite` differs in that it gives
     the NaN to the optimizer when it gives up, and in that devices of a `shard_map` decide alone.
     """
-    return _skip(inner, constant(None), max_consecutive, axis_name, rescales=False)
+    return _skip(inner, constant(None), max_consecutive, measure, axis_name, rescales=False)
 
 
 @named_strategy
@@ -113,6 +119,7 @@ def skip_spikes(
     *,
     value: str | None = None,
     max_consecutive: int = 16,
+    measure: Measure = global_norm,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Skip the steps of an optimizer in which the norm, or the loss, is above a limit.
@@ -138,11 +145,12 @@ def skip_spikes(
         that are not finite become zero), so that no change of regime can stop a run. With `value`
         there is no limit on the norm, and they go through as they are. 16 is ours, as in
         `skip_nonfinite`.
+      measure: As in `skip_nonfinite`.
       axis_name: See `global_norm`. All devices skip together.
 
     Returns:
       An optimizer with a `SkipState`, which `metrics` reads. Its update takes the extra arguments
-      of `inner` (they go on to it), and `grad_norm` where that is known. A norm or value that is
+      of `inner` (they go on to it). A norm or value that is
       not finite is a spike and is never learned from. At the limit a step is no spike, so a
       constant norm is none either. Gradients come through bit for bit where nothing is skipped.
 
@@ -170,13 +178,14 @@ def skip_spikes(
             f"got {value!r}."
         )
     limit = as_limit(limit)
-    return _skip(inner, limit, max_consecutive, axis_name, value, rescales=value is None)
+    return _skip(inner, limit, max_consecutive, measure, axis_name, value, rescales=value is None)
 
 
 def _skip(
     inner: optax.GradientTransformation,
     limit: Limit,
     max_consecutive: int,
+    measure: Measure,
     axis_name: AxisName,
     value: str | None = None,
     *,
@@ -188,11 +197,15 @@ def _skip(
         inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)
     inner = optax.with_extra_args_support(inner)
     # One function for each guard, so that eagerly too it is compiled once.
-    finite_norm = jax.jit(functools.partial(_finite_norm, axis_name=axis_name), inline=True)
+    given = isinstance(measure, GivenNorm)
+    measured = functools.partial(global_norm if given else measure, axis_name=axis_name)
+    finite_norm = jax.jit(functools.partial(_finite_norm, measure=measured), inline=True)
     moved_unless = _unless(inner)
 
     def init(params: Any) -> SkipState:
-        kind = measured_types(global_norm, params, axis_name)
+        kind = measured_types(measure, params, axis_name)
+        if getattr(kind, "shape", None) != ():
+            raise ValueError(f"`measure` must return one scalar, got {kind}.")
         return SkipState(
             grad_norm=filled_like(0.0, kind),
             skip_limit=filled_like(0.0, kind),
@@ -208,10 +221,7 @@ def _skip(
     def update(updates, state, params=None, **extra_args):
         check_type(state, SkipState)
         check_trees(updates, params)
-        if "grad_norm" in extra_args:
-            norm = known_norm(extra_args["grad_norm"], state.grad_norm)
-        else:
-            norm = global_norm(updates, axis_name=axis_name)
+        norm = in_update(measure, extra_args)(updates, axis_name=axis_name)
         watched = norm if value is None else _mean_of(value, extra_args, norm, axis_name)
         most, limit_state = observe(limit, watched, state.limit_state)
         finite = jnp.isfinite(norm) & jnp.isfinite(watched)
@@ -222,12 +232,11 @@ def _skip(
         # and what becomes of a spike matters only once the guard gives up.
         gradients = jax.tree.map(lambda x: jnp.asarray(x) if is_gradient(x) else None, updates)
         kept_limit = varying_like(most if rescales else jnp.full_like(norm, jnp.inf), norm)
-        if rescales or "grad_norm" in extra_args:
-            kept_norm = finite_norm(gradients, norm, ~finite & ~skipped)
-        else:
-            kept_norm = norm
-        if "grad_norm" in extra_args:
-            extra_args["grad_norm"] = jnp.minimum(kept_norm, kept_limit)
+        again = rescales or given
+        kept_norm = finite_norm(gradients, norm, ~finite & ~skipped) if again else norm
+        if isinstance(measure, GivenNorm):
+            # Clips within that were built to read it get the norm of what goes on to them.
+            extra_args[measure.name] = jnp.minimum(kept_norm, kept_limit)
         moved, inner_state = moved_unless(
             skipped,
             (updates, gradients, kept_norm, kept_limit),
@@ -277,13 +286,11 @@ def _axes(entries: Any) -> Iterator[str]:
 
 
 def _finite_norm(
-    gradients: Any, norm: jax.Array, again: jax.Array, *, axis_name: AxisName
+    gradients: Any, norm: jax.Array, again: jax.Array, *, measure: Callable[[Any], jax.Array]
 ) -> jax.Array:
     """The norm, measured again without what is not finite where that is asked for."""
     # The flag comes from the norm of all devices: each takes the branch, and its collective.
-    return jax.lax.cond(
-        again, lambda: global_norm(finite_part(gradients), axis_name=axis_name), lambda: norm
-    )
+    return jax.lax.cond(again, lambda: measure(finite_part(gradients)), lambda: norm)
 
 
 def _unless(inner: optax.GradientTransformationExtraArgs) -> Callable[..., tuple[Any, Any]]:

@@ -105,28 +105,74 @@ def test_a_measure_whose_norms_are_no_prefix_raises():
         run(clip, GRADS)
 
 
-def test_a_norm_that_is_known_is_not_measured_again():
-    clip = gradclip_jax.clip_by_global_norm(1.0)
-    state = clip.init(GRADS)
-    result, state = clip.update(GRADS, state, grad_norm=jnp.float32(170.0))
+GIVEN = clip_to_limit(1.0, gradclip_jax.given_norm("grad_norm"))
+
+
+def test_a_given_norm_is_not_measured_again():
+    state = GIVEN.init(GRADS)
+    result, state = GIVEN.update(GRADS, state, grad_norm=jnp.float32(170.0), loss=1.0)
     np.testing.assert_allclose(result["b"], GRADS["b"] / 170, rtol=1e-6)
     assert float(state.grad_norm) == 170.0
-    text = str(jax.make_jaxpr(lambda g, s, n: clip.update(g, s, grad_norm=n))(GRADS, state, 1.0))
+    text = str(jax.make_jaxpr(lambda g, s, n: GIVEN.update(g, s, grad_norm=n))(GRADS, state, 1.0))
     assert "reduce_sum" not in text
+
+
+def test_a_given_norm_that_may_not_be_is_named():
+    state = GIVEN.init(GRADS)
     with pytest.raises(ValueError, match=r"`grad_norm` must be a scalar, got shape \(2,\)"):
-        clip.update(GRADS, state, grad_norm=jnp.ones(2))
+        GIVEN.update(GRADS, state, grad_norm=jnp.ones(2))
+    with pytest.raises(ValueError, match=r"`grad_norm` must be real, got complex64"):
+        GIVEN.update(GRADS, state, grad_norm=jnp.complex64(1))
+    for missing in ({}, {"grad_norm": None}, {"norm": 1.0}):
+        with pytest.raises(ValueError, match=r"`grad_norm` must be given: .*grad_norm=norm"):
+            GIVEN.update(GRADS, state, **missing)
+    for name in ("", "grad norm", None, 5.0):
+        with pytest.raises(ValueError, match="`name` must be the name of an extra argument"):
+            gradclip_jax.given_norm(name)
 
 
-def test_a_known_norm_goes_through_a_chain():
-    optimizer = optax.chain(gradclip_jax.clip_by_global_norm(1.0), optax.sgd(1.0))
+def test_a_given_norm_goes_through_a_chain():
+    optimizer = optax.chain(GIVEN, optax.sgd(1.0))
     result, _ = optimizer.update(GRADS, optimizer.init(GRADS), grad_norm=jnp.float32(170.0))
     np.testing.assert_allclose(result["b"], -GRADS["b"] / 170, rtol=1e-6)
 
 
-def test_a_known_global_norm_does_not_replace_norms_of_groups():
-    clip = gradclip_jax.clip_by_norm(1.0)
-    result, _ = clip.update(GRADS, clip.init(GRADS), grad_norm=jnp.float32(1e6))
-    np.testing.assert_allclose(np.linalg.norm(result["w"]), 1.0, rtol=1e-6)
+def test_a_given_norm_serves_adaptive_limits():
+    clip = gradclip_jax.autoclip(50.0, measure=gradclip_jax.given_norm("n"))
+    state = clip.init(GRADS)
+    for norm, limit in ((2.5, 2.5), (10.0, 6.25)):
+        _, state = clip.update(GRADS, state, n=norm)
+        assert float(state.clip_limit) == limit
+
+
+def test_examples_have_no_given_norm():
+    """A norm of zero there would let each of them through."""
+    with pytest.raises(ValueError, match="`grad_norm` must be given"):
+        gradclip_jax.per_example_clip(
+            {"w": jnp.ones((2, 3))}, 1.0, measure=gradclip_jax.given_norm("grad_norm")
+        )
+
+
+ALL_KEYS = {"grad_norm": 5.0, "norm": 5.0, "loss": 1.0, "value": 1.0}
+
+
+def test_a_norm_for_the_first_clip_of_a_chain_does_not_reach_the_second(standard_promotion):
+    """The update had a norm of 0.028, not 0.1: the second clip took 5 for the norm of Adam's."""
+    first, last = gradclip_jax.clip_by_global_norm(1.0), gradclip_jax.clip_by_global_norm(0.1)
+    grads = {"w": jnp.array([3.0, 4.0])}
+    for clip in (first, GIVEN):
+        chain = optax.chain(clip, optax.adam(1.0), last)
+        updates, state = chain.update(grads, chain.init(grads), grads, **ALL_KEYS)
+        assert float(optax.tree.norm(updates)) == pytest.approx(0.1)
+        assert float(state[0].grad_norm) == 5.0
+
+
+def test_a_norm_from_before_the_unscaling_does_not_reach_the_clip():
+    """The update had a norm of 0.00098, not 1."""
+    chain = optax.chain(optax.scale(1 / 1024), gradclip_jax.clip_by_global_norm(1.0))
+    grads = {"w": jnp.array([3.0, 4.0]) * 1024}
+    updates, _ = chain.update(grads, chain.init(grads), grad_norm=5.0 * 1024)
+    assert float(optax.tree.norm(updates)) == pytest.approx(1.0)
 
 
 def test_updates_of_another_structure_than_at_init_raise():

@@ -134,7 +134,7 @@ def test_a_large_carry_swallows_no_small_gradient():
     assert float(scanned(clip, stream)[0].carry[0]) == 257.0
 
 
-def test_a_known_norm_of_the_gradients_is_not_taken_for_that_of_their_sum():
+def test_a_norm_among_the_extra_arguments_is_not_taken_for_that_of_the_sum():
     feedback = error_feedback(CLIP)
     grads = jnp.array([3.0, 4.0])
     _, state = feedback.update(grads, feedback.init(grads), grad_norm=5.0)

@@ -13,7 +13,7 @@ PACKAGE = Path(gradclip_jax.__file__).parent
 LAYERS = [
     {"_checks", "_devices"},
     {"_norms", "_limits"},
-    {"_matrices", "_rescale"},
+    {"_given", "_matrices", "_rescale"},
     {"_clip"},
     {"_guards", "_backward", "_per_example", "_strategies"},
     {"_metrics"},

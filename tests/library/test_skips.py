@@ -218,14 +218,45 @@ def test_functions_among_the_extra_arguments_go_on_too():
     np.testing.assert_array_equal(updates["b"], [-12.0])
 
 
-def test_a_known_norm_is_not_measured_again_and_goes_on_as_what_is_passed_on():
-    clip = gradclip_jax.clip_by_global_norm(1.0)
-    optimizer = skip_spikes(clip, 6.5, max_consecutive=1)
+def test_a_given_norm_is_not_measured_again_and_goes_on_as_what_is_passed_on():
+    known = gradclip_jax.given_norm("grad_norm")
+    clip = gradclip_jax.clip_to_limit(1.0, known)
+    optimizer = skip_spikes(clip, 6.5, max_consecutive=1, measure=known)
     state = optimizer.init(PARAMS)
     _, state = jax.jit(optimizer.update)(grads(), state, grad_norm=13.0)
     updates, state = jax.jit(optimizer.update)(grads(), state, grad_norm=13.0)
     assert float(optax.tree.norm(updates)) == pytest.approx(1.0)
     assert float(state.inner_state.grad_norm) == 6.5
+
+
+@pytest.mark.parametrize("make", [skip_nonfinite, functools.partial(skip_spikes, limit=100.0)])
+def test_a_guard_looks_at_no_argument_that_it_was_not_built_to_look_at(make):
+    """Loops pass `grad_norm` for other purposes; the inner optimizer gets it as it is."""
+    seen = []
+
+    def inner_update(updates, state, params=None, **extra_args):
+        seen.append(extra_args)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), inner_update)
+    optimizer = make(inner)
+    _, state = optimizer.update(grads(), optimizer.init(PARAMS), grad_norm=jnp.nan)
+    assert float(state.grad_norm) == 13.0
+    assert not bool(state.skipped)
+    assert {name for extra_args in seen for name in extra_args} == {"grad_norm"}
+
+
+def test_a_guard_measures_one_scalar():
+    optimizer = skip_nonfinite(optax.sgd(1.0), measure=gradclip_jax.leaf_norms)
+    with pytest.raises(ValueError, match="`measure` must return one scalar, got"):
+        optimizer.init(PARAMS)
+
+
+def test_a_guard_with_a_norm_of_another_order():
+    largest = functools.partial(gradclip_jax.global_norm, order=jnp.inf)
+    optimizer = skip_spikes(optax.sgd(1.0), 6.0, measure=largest)
+    _, state = optimizer.update(grads(), optimizer.init(PARAMS))
+    assert float(state.grad_norm) == 12.0
 
 
 def test_updates_come_in_the_dtype_of_the_optimizer_and_state_keeps_its_type():

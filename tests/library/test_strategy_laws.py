@@ -378,7 +378,7 @@ def test_the_state_of_another_clip_raises_and_names_init(strategy):
     others += [optax.adam(1e-3).init(PARAMS), gradclip_jax.zero_nonfinite().init(PARAMS), (), 1.0]
     for other in others:
         if _kind(other) != _kind(fresh):
-            with pytest.raises(ValueError, match="`init`|`init\\(params\\)`"):
+            with pytest.raises(ValueError, match=r"`init`|`init\(params\)`"):
                 clip.update(grads, other, PARAMS)
     # What was accepted once is not taken for granted.
     clip.update(grads, fresh, PARAMS)
