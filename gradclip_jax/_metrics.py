@@ -1,7 +1,7 @@
 """Read what clips and guards saw and did out of any optimizer state."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,8 @@ def metrics(opt_state: Any, *, per_group: bool = False) -> dict[str, jax.Array]:
 
     Args:
       opt_state: State of a clip, or of anything that contains one: `optax.chain`, `MultiSteps`,
-        `inject_hyperparams`, an `nnx.Optimizer` or its `opt_state`. Under `jit` too.
+        `inject_hyperparams`, an `nnx.Optimizer`, its `opt_state`, its `nnx.state` or that as a
+        pure dict, a state dict of flax. Under `jit` too.
       per_group: Add an entry for each group when the clip has several: `grad_norm/encoder/w`,
         and likewise for limit and factor. Of units in one array: the norm of all of them, the
         smallest limit and factor.
@@ -88,8 +89,9 @@ def metrics(opt_state: Any, *, per_group: bool = False) -> dict[str, jax.Array]:
         values.update({key + suffix: value for key, value in _of_skip(state).items()})
     for guard in [*filters, *skips]:
         # What a guard held back never reached the clip, so that nothing is counted twice.
-        known = values.get("nonfinite_count", 0)
-        values["nonfinite_count"] = known + _only_array(guard.nonfinite_count)
+        here, known = _only_array(guard.nonfinite_count), values.get("nonfinite_count")
+        # Not 0 + here: under a transfer guard a zero of the host may not come to the device.
+        values["nonfinite_count"] = here if known is None else known + here
         values.setdefault("step_count", _only_array(guard.step_count))
     if skips:
         values["grad_norm"] = _only_array(skips[0].grad_norm)
@@ -143,12 +145,37 @@ def _of_each_group(norms, limits, factors):
 def _found(opt_state: Any) -> list[Any]:
     """The states of clips and guards, from the outside to the inside."""
 
-    def is_known(x: Any) -> bool:
-        return isinstance(x, ClipState | NonfiniteState | SkipState)
+    def is_node(x: Any) -> bool:
+        return isinstance(x, ClipState | NonfiniteState | SkipState | Mapping)
 
-    states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_known) if is_known(x)]
-    within = [_found(x.inner_state) if isinstance(x, SkipState) else [] for x in states]
-    return [each for x, inner in zip(states, within, strict=True) for each in (x, *inner)]
+    found = []
+    for x in filter(is_node, jax.tree.leaves(opt_state, is_leaf=is_node)):
+        state = _from_dict(x) if isinstance(x, Mapping) else x
+        if state is not None:
+            found.append(state)
+        if isinstance(state, SkipState):
+            found += _found(state.inner_state)
+        elif isinstance(x, Mapping) and state is None:
+            found += [each for key in sorted(x, key=_place) for each in _found(x[key])]
+    return found
+
+
+def _from_dict(fields: Mapping[Any, Any]) -> Any:
+    """The state whose fields these are, for frameworks that make dicts of states, else None.
+
+    `nnx.state` leaves out what is empty, such as the state of a limit without a memory.
+    """
+    for kind in (ClipState, SkipState, NonfiniteState):
+        counters = {name for name in kind._fields if not name.endswith("_state")}
+        known = counters - {"grad_norm", "clip_limit", "clip_factor"}
+        if known <= set(fields) <= set(kind._fields):
+            return kind(**dict.fromkeys(kind._fields) | dict(fields))
+    return None
+
+
+def _place(key: Any) -> tuple[int, str]:
+    """Where a part of a chain stood: as a key, its number may be a string."""
+    return (int(key), "") if str(key).isdecimal() else (-1, str(key))
 
 
 def _of_skip(state: SkipState) -> dict[str, jax.Array]:

@@ -562,8 +562,8 @@ SEEING = [
     Mutant(
         "what a guard met hides what the clip met",
         "_metrics.py",
-        "known + _only_array(guard.nonfinite_count)",
-        "_only_array(guard.nonfinite_count)",
+        "here if known is None else known + here",
+        "here",
         ("metrics",),
     ),
     Mutant(

@@ -1,5 +1,6 @@
 """Reading clips out of any optimizer state."""
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,3 +201,48 @@ def test_metrics_of_split_units_are_those_of_all_outside_the_region(mesh):
     assert float(seen["grad_norm"]) == pytest.approx(np.sqrt(7 * 4 + 100))
     assert float(seen["clip_factor"]) == pytest.approx(0.1)
     assert float(seen["clipped"]) == 1.0
+
+
+GUARDED = {
+    "skip_nonfinite": lambda: skip_nonfinite(gradclip_jax.clip_by_norm(17.0)),
+    "skip_spikes": lambda: skip_spikes(optax.sgd(1.0), gradclip_jax.median(window=4)),
+    "zero_nonfinite": gradclip_jax.zero_nonfinite,
+    "both": lambda: optax.chain(
+        gradclip_jax.zero_nonfinite(), skip_nonfinite(gradclip_jax.clip_by_global_norm(17.0))
+    ),
+    "units": lambda: gradclip_jax.clip_by_unit_norm(17.0),
+}
+
+
+@pytest.mark.parametrize("make", GUARDED.values(), ids=GUARDED)
+def test_metrics_move_nothing_to_the_device(make):
+    state = after(make(), GRADS)
+    expected = numbers(metrics(state, per_group=True))
+    with jax.transfer_guard("disallow"):
+        seen = metrics(state, per_group=True)
+    assert numbers(seen) == expected
+
+
+@pytest.mark.parametrize("name", [*GUARDED, "clip_by_norm", "zclip", "error_feedback"])
+def test_a_state_that_became_a_dict_tells_the_same(name, standard_promotion):
+    others = {
+        "clip_by_norm": lambda: gradclip_jax.clip_by_norm(1.0),
+        "zclip": gradclip_jax.zclip,
+        "error_feedback": lambda: gradclip_jax.error_feedback(gradclip_jax.clip_by_norm(1.0)),
+    }
+    clip = (GUARDED | others)[name]()
+    # Of twelve parts the strings of their numbers sort in another order than they stood.
+    parts = [optax.trace(0.9), clip, *[optax.identity()] * 8, optax.clip(1.0)]
+    chain = optax.chain(*parts, gradclip_jax.clip_by_value(42.0), optax.adam(1e-3))
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
+    grads = nnx.grad(lambda model: (model(jnp.ones((4, 2))) ** 2).sum())(model)
+    optimizer.update(model, grads)
+    expected = numbers(metrics(optimizer, per_group=True))
+    of_nnx = nnx.state(optimizer)
+    as_dict = flax.serialization.to_state_dict(nnx.to_pure_dict(nnx.state(optimizer)))
+    for state in (of_nnx, nnx.to_pure_dict(of_nnx), as_dict):
+        assert numbers(metrics(state, per_group=True)) == expected
+    plain = chain.init(GRADS)
+    saved = flax.serialization.to_state_dict(plain)
+    assert numbers(metrics(saved)) == numbers(metrics(plain))
