@@ -6,7 +6,6 @@ from ._backward import clip_cotangent as clip_cotangent
 from ._clip import ClipState as ClipState, clip_to_limit as clip_to_limit
 from ._given import given_norm as given_norm
 from ._guards import (
-    SkipState as SkipState,
     clip21 as clip21,
     error_feedback as error_feedback,
     skip_nonfinite as skip_nonfinite,
@@ -45,7 +44,6 @@ from ._norms import (
     unit_norms as unit_norms,
 )
 from ._per_example import (
-    NoiseState as NoiseState,
     PerExample as PerExample,
     automatic as automatic,
     clipped_value_and_grad as clipped_value_and_grad,

@@ -19,6 +19,7 @@ from ._devices import (
     manual_axes,
     varying_like,
 )
+from ._export import exportable
 from ._limits import Limit, as_limit, observe
 from ._norms import GroupNorms, global_norm, in_rows, is_gradient, norm_dtype, spread
 from ._rescale import (
@@ -42,6 +43,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+@exportable
 class ClipState(NamedTuple):
     """What a clip saw and did in its last update, and how often; `metrics` reads it.
 
@@ -65,6 +67,7 @@ class ClipState(NamedTuple):
     limit_state: Any
 
 
+@exportable
 class NonfiniteState(NamedTuple):
     """How often a guard met what is not finite.
 

@@ -4,12 +4,15 @@ Every measure returns norms whose tree is a prefix of the tree it measured, so t
 never asks at which granularity it works.
 """
 
+import ast
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -191,6 +194,13 @@ jax.tree_util.register_pytree_with_keys(
     ),
     lambda aux, children: GroupNorms(zip(aux[0], children, strict=True), labels=aux[1]),
 )
+with contextlib.suppress(ValueError):  # of a module that is loaded again
+    jax.export.register_pytree_node_serialization(
+        GroupNorms,
+        serialized_name="gradclip_jax.GroupNorms",
+        serialize_auxdata=lambda aux: repr(aux).encode(),
+        deserialize_auxdata=lambda text: ast.literal_eval(text.decode()),
+    )
 
 
 def spread(norms: Any, tree: Any) -> list[Any]:

@@ -8,9 +8,11 @@ import optax
 
 from .._checks import check_transformation
 from .._clip import check_trees, check_type
+from .._export import exportable
 from .error_feedback import added, cast_like, is_none, merged, zeros_like
 
 
+@exportable
 class Clip21State(NamedTuple):
     """The estimate so far.
 

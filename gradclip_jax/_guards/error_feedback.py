@@ -9,11 +9,13 @@ import optax
 from .._checks import Threshold, check_threshold, check_transformation
 from .._clip import check_trees, check_type, init_threshold, named_strategy, read_threshold
 from .._devices import AxisName, varying_like
+from .._export import exportable
 from .._limits import constant
 from .._norms import global_norm, is_gradient, widen
 from .._rescale import factors, rescale, shrink
 
 
+@exportable
 class ErrorFeedbackState(NamedTuple):
     """What is still owed.
 

@@ -21,6 +21,7 @@ from .._clip import (
     named_strategy,
 )
 from .._devices import AxisName, changed_in_place, filled_like, varying_like
+from .._export import exportable
 from .._given import GivenNorm
 from .._limits import Limit, as_limit, constant, observe
 from .._norms import global_norm, is_gradient, leaf_norms, leaf_sizes
@@ -28,6 +29,7 @@ from .._rescale import factors, rescale, shrink
 from .zero_nonfinite import finite_part
 
 
+@exportable
 class SkipState(NamedTuple):
     """What a guard saw and did in its last update, and how often; `metrics` reads it.
 

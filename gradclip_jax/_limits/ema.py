@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import Threshold, check_above, check_between_0_and_1, check_number, check_steps
+from .._export import exportable
 from .limit import Limit
 from .moments import floored, learned, moved, spread_out
 
 
+@exportable
 class MeanState(NamedTuple):
     """A mean free of the bias of its start: the sum of its weights, if a new norm weighs 1."""
 
@@ -17,6 +19,7 @@ class MeanState(NamedTuple):
     mean: jax.Array
 
 
+@exportable
 class EmaState(NamedTuple):
     """Number of norms of the warm-up so far, mean and deviation, and the mean for a target."""
 

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import Threshold, check_above, check_number
+from .._export import exportable
 from .limit import Limit
 from .moments import learned, moved
 
 LEVEL_DECAY = 0.99  # of the mean that holds the limit up: it remembers some hundred norms
 
 
+@exportable
 class GrowthState(NamedTuple):
     """The last norm as clipped, and a moving average of such norms with the sum of its weights."""
 

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import Threshold, check_between_0_and_1, check_number, check_steps
+from .._export import exportable
 from .limit import Limit
 from .moments import floored, learned, moved, spread_out
 
 
+@exportable
 class ZScoreState(NamedTuple):
     """Number of norms of the warm-up so far, and mean and deviation of the norms."""
 

@@ -7,7 +7,6 @@ hand, and `noise.py` private training.
 
 from .clip import per_example_clip as per_example_clip
 from .noise import (
-    NoiseState as NoiseState,
     gaussian_noise as gaussian_noise,
     quantile_step as quantile_step,
     split_noise as split_noise,

@@ -23,6 +23,7 @@ from .._devices import (
     varying_like,
     with_all_rows,
 )
+from .._export import exportable
 from .._norms import global_norm, norm_dtype, widen
 from .._rescale import Response, shrink
 from .ghost import ghost_gradients
@@ -43,6 +44,7 @@ from .rule import (
 _TRACED = ("max_norm", "mask", "user_ids")
 
 
+@exportable
 class PerExample(NamedTuple):
     """What was seen of the examples of a batch. None of it is private.
 

@@ -20,12 +20,14 @@ from .._clip import (
     transformation,
 )
 from .._devices import AxisName, filled_like, types_tell
+from .._export import exportable
 from .._limits import Limit, constant, observe
 from .._limits.moments import learned, moved
 from .._norms import global_norm, in_rows, leaf_norms
 from .._rescale import OnNonfinite, check_on_nonfinite
 
 
+@exportable
 class AdaGCState(NamedTuple):
     """The level of each array (0 before its first norm), and the clock of a scheduled max_norm."""
 

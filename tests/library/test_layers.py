@@ -11,7 +11,7 @@ import gradclip_jax
 
 PACKAGE = Path(gradclip_jax.__file__).parent
 LAYERS = [
-    {"_checks", "_devices"},
+    {"_checks", "_devices", "_export"},
     {"_norms", "_limits"},
     {"_given", "_matrices", "_rescale"},
     {"_clip"},

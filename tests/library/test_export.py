@@ -1,0 +1,103 @@
+"""A training step can be exported, with the state of any clip or guard among its arguments."""
+
+import importlib
+import subprocess
+import sys
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gradclip_jax
+from gradclip_jax import clip_by_norm, clip_to_limit, group_norms
+
+PARAMS = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([0.5])}
+
+STATES = {
+    "ClipState": clip_by_norm(1.0),
+    "NonfiniteState": gradclip_jax.zero_nonfinite(),
+    "SkipState": gradclip_jax.skip_nonfinite(clip_by_norm(1.0)),
+    "ErrorFeedbackState": gradclip_jax.error_feedback(clip_by_norm(1.0)),
+    "Clip21State": gradclip_jax.clip21(clip_by_norm(1.0)),
+    "NoiseState": gradclip_jax.gaussian_noise(1.0, 1.0, key=jax.random.PRNGKey(0)),
+    "AdaGCState": gradclip_jax.adagc(),
+    "GrowthState": gradclip_jax.limit_norm_growth(),
+    "ZScoreState": gradclip_jax.zclip(),
+    "EmaState": gradclip_jax.ema_clip(),
+    "MeanState": clip_to_limit(gradclip_jax.ema(), gradclip_jax.leaf_norms),
+    "groups": clip_to_limit(1.0, lambda tree, axis_name: group_norms(tree, labels=labels)),
+    "spam_clip": gradclip_jax.spam_clip(),
+    "percentile": gradclip_jax.percentile_clip(window=4),
+}
+
+
+def labels(tree):
+    return {"w": "x", "b": "y"}
+
+
+def exported(function, *args):
+    """The function after a way through bytes."""
+    pytest.importorskip("flatbuffers")  # an extra of jax
+    saved = jax.export.export(jax.jit(function))(*args).serialize()
+    return jax.export.deserialize(saved).call
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_step_is_exported_with_the_state_of(name):
+    clip = STATES[name]
+
+    def step(params, state):
+        updates, state = clip.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    args = PARAMS, clip.init(PARAMS)
+    if name[0].isupper():
+        assert name in repr(jax.tree.structure(args))
+    expected = jax.jit(step)(*args)
+    result = exported(step, *args)(*args)
+    assert jax.tree.structure(result) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, result, expected)
+
+
+def test_every_state_class_is_among_these():
+    """Each NamedTuple of arrays in the package whose name says that it is a state."""
+    found = {
+        name
+        for module_name, module in list(sys.modules.items())
+        if module_name.startswith("gradclip_jax.")
+        for name, value in vars(module).items()
+        if name.endswith("State") and isinstance(value, type)
+    }
+    assert found <= set(STATES)
+
+
+def test_what_was_seen_of_examples_and_norms_of_groups_are_exported():
+    grad = gradclip_jax.clipped_value_and_grad(lambda w, x: (w * x).sum(), 1.0)
+    x = jnp.array([1.0, 2.0])
+    (_, seen), _ = exported(grad, jnp.float32(1.0), x)(jnp.float32(1.0), x)
+    assert int(seen.clip_count) == 1
+    norms = exported(lambda tree: group_norms(tree, labels=labels(tree)), PARAMS)(PARAMS)
+    assert {name: float(norm) for name, norm in norms.items()} == {"x": 5.0, "y": 0.5}
+    assert norms.labels == group_norms(PARAMS, labels=labels(PARAMS)).labels
+
+
+def test_modules_may_be_loaded_again():
+    code = """
+import importlib, sys, gradclip_jax, gradclip_jax._limits.ema as ema
+importlib.reload(ema)
+importlib.reload(gradclip_jax)
+for name in [name for name in sys.modules if name.startswith("gradclip_jax")]:
+    del sys.modules[name]
+import gradclip_jax
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    assert importlib.reload(gradclip_jax) is gradclip_jax
+
+
+def test_only_the_state_of_the_engine_is_public():
+    """What metrics read is opaque; a measure or a limit of one's own needs ClipState alone."""
+    public = {name for name in vars(gradclip_jax) if name.endswith("State")}
+    assert public == {"ClipState"}
