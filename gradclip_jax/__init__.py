@@ -91,6 +91,7 @@ from ._strategies.spectral_clip import (
     spectral_clip as spectral_clip,
 )
 from ._strategies.zclip import zclip as zclip
+from ._upgrade import upgrade_state as upgrade_state
 
 try:
     __version__ = _metadata.version("gradclip-jax")

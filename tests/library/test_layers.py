@@ -16,7 +16,7 @@ LAYERS = [
     {"_given", "_matrices", "_rescale"},
     {"_clip"},
     {"_guards", "_backward", "_per_example", "_strategies"},
-    {"_metrics"},
+    {"_metrics", "_upgrade"},
     {"_monitor", "_interop"},
     {"__init__"},
 ]
