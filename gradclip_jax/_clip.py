@@ -245,7 +245,7 @@ def check_params(updates: Any, params: Any) -> None:
 
 
 def transformation(
-    init: Callable[[Any], Any],
+    init: optax.TransformInitFn,
     update: Callable[..., tuple[Any, Any]],
     memory: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:

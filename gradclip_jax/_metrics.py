@@ -169,7 +169,8 @@ def _from_dict(fields: Mapping[Any, Any]) -> Any:
         counters = {name for name in kind._fields if not name.endswith("_state")}
         known = counters - {"grad_norm", "clip_limit", "clip_factor"}
         if known <= set(fields) <= set(kind._fields):
-            return kind(**dict.fromkeys(kind._fields) | dict(fields))
+            empty: dict[str, Any] = dict.fromkeys(kind._fields)
+            return kind(**{**empty, **fields})
     return None
 
 
