@@ -550,10 +550,17 @@ PER_EXAMPLE = [
         ("ghost",),
     ),
     Mutant(
-        "a ghost norm in the scale of its inputs alone",
+        "a ghost norm whose positions all have the scale of the largest",
         "_per_example/ghost_layers.py",
-        "pairs = zip(undo, undo_outputs, strict=True)",
-        "pairs = zip(undo, undo, strict=True)",
+        "of_inputs = (both - whole[:, None]) // 2 - inputs",
+        "of_inputs = jnp.zeros_like(both) - jnp.max(inputs, axis=1, keepdims=True)",
+        ("ghost",),
+    ),
+    Mutant(
+        "a ghost norm that rounding may make too small",
+        "_per_example/ghost_layers.py",
+        "lost = unit * (chain + 2 * positions + 8)",
+        "lost = 0 * chain",
         ("ghost",),
     ),
 ]

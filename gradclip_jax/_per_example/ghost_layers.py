@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from .._devices import split_as
-from .._norms import inverse_power_of_two, safe_power, widen
+from .._norms import safe_power, widen
 from .rule import column
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_ROUNDING = 2.0**-20
+_BLOCK = 64
 
 
 class Inputs(NamedTuple):
@@ -67,37 +67,54 @@ class Dense:
     def __init__(self, kernel: jax.Array, inputs: Sequence[Inputs], outputs: jax.Array):
         """Inputs of each call; outputs of all of them, [examples, positions, o]."""
         self.shape, self.inputs, self.outputs = kernel.shape, inputs, widen(outputs)
+        self.starts = inputs[0].starts
+        largest = jnp.max(self._over_starts(self.inputs, lambda x: _largest(x)[None]), axis=0)
+        self.powers = _balanced(_exponents(largest), _exponents(_largest(self.outputs)))
+
+    def _over_starts(
+        self, inputs: Sequence[Inputs], function: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
+        """A function of the patches at each start; results are joined along their first axis."""
+
+        def at(start: Any) -> jax.Array:
+            return function(widen(_met(inputs, start)))
+
+        if not self.starts[1:]:
+            return at(self.starts[0])
+        results = jax.lax.map(at, jnp.asarray(self.starts))
+        return results.reshape(-1, *results.shape[2:])
 
     def norms(self) -> jax.Array:
         """Norm of each example."""
-        units, undo = _near_one([x.array for x in self.inputs])
-        inputs = [x._replace(array=y) for x, y in zip(self.inputs, units, strict=True)]
-        (outputs,), undo_outputs = _near_one([self.outputs])
+        powers = self.powers
 
-        def add(gram: jax.Array, start: Any) -> tuple[jax.Array, None]:
-            return gram + _gram(_met(inputs, start)), None
+        def of(start: Any) -> jax.Array:
+            return _gram(_scaled(widen(_met(self.inputs, start)), powers.inputs))
 
-        first, *others = inputs[0].starts
-        gram = _gram(_met(inputs, first))
+        first, *others = self.starts
+        gram = of(first)
         if others:
-            gram, _ = jax.lax.scan(add, gram, jnp.asarray(others))
-        # One of each in turn: what is huge may undo what is tiny.
-        pairs = zip(undo, undo_outputs, strict=True)
-        return _norms(gram, _gram(outputs), list(itertools.chain.from_iterable(pairs)))
+            gram, _ = jax.lax.scan(lambda sums, x: (sums + of(x), None), gram, jnp.asarray(others))
+        positions, width = gram.shape[-1], self.inputs[0].array.shape[-1]
+        of_outputs = _gram(_scaled(self.outputs, powers.outputs))
+        chain = _chain(width, positions) + len(others)
+        chain += _chain(self.outputs.shape[-1], positions)
+        return _norms(gram, of_outputs, powers.whole, chain)
 
-    def summed(self, first: jax.Array, second: jax.Array, keep: jax.Array) -> jax.Array:
+    def summed(
+        self, first: jax.Array, second: jax.Array, keep: jax.Array, limit: jax.Array
+    ) -> jax.Array:
         """The sum over examples, each scaled."""
+        powers, lift = self.powers, _lift(limit)
         kept = [x._replace(array=jnp.where(column(keep, x.array), x.array, 0)) for x in self.inputs]
-        scaled = _scaled(self.outputs, first, second, keep)
+        outputs = _factored(self.outputs, powers.outputs, powers.whole + lift, first, second, keep)
 
-        def product(start: Any) -> jax.Array:
-            met = widen(_met(kept, start))
-            split = split_as(scaled, (met, 2), (scaled, 2))
-            return jnp.einsum("nti,nto->io", met, scaled, precision=_HIGHEST, out_sharding=split)
+        def product(x: jax.Array) -> jax.Array:
+            met = _scaled(x, powers.inputs)
+            split = split_as(outputs, (met, 2), (outputs, 2))
+            return jnp.einsum("nti,nto->io", met, outputs, precision=_HIGHEST, out_sharding=split)
 
-        starts = self.inputs[0].starts
-        total = jax.lax.map(product, jnp.asarray(starts)) if starts[1:] else product(starts[0])
-        return total.reshape(self.shape)
+        return _scaled(self._over_starts(kept, product).reshape(self.shape), -lift)
 
 
 class Lookup:
@@ -108,17 +125,25 @@ class Lookup:
         self.shape, self.outputs = table.shape, widen(outputs)
         indices = _met(inputs, ())[..., 0]
         self.rows = jnp.where(indices < 0, indices + table.shape[0], indices)
+        self.whole = jnp.max(_exponents(_largest(self.outputs)), axis=1)
 
     def norms(self) -> jax.Array:
         """Norm of each example: an index that it has several times is one row."""
         same = self.rows[:, :, None] == self.rows[:, None, :]
-        (outputs,), undo = _near_one([self.outputs])
-        return _norms(same.astype(outputs.dtype), _gram(outputs), undo)
+        gram = _gram(_scaled(self.outputs, -self.whole[:, None]))
+        chain = _chain(self.outputs.shape[-1], gram.shape[-1])
+        return _norms(same.astype(gram.dtype), gram, self.whole, chain)
 
-    def summed(self, first: jax.Array, second: jax.Array, keep: jax.Array) -> jax.Array:
+    def summed(
+        self, first: jax.Array, second: jax.Array, keep: jax.Array, limit: jax.Array
+    ) -> jax.Array:
         """The sum over examples, each scaled."""
-        scaled = _scaled(self.outputs, first, second, keep)
-        return jnp.zeros(self.shape, scaled.dtype).at[self.rows].add(scaled)
+        lift = _lift(limit)
+        none = jnp.zeros_like(self.rows)
+        scaled = _factored(
+            self.outputs, none, jnp.zeros_like(self.whole) + lift, first, second, keep
+        )
+        return _scaled(jnp.zeros(self.shape, scaled.dtype).at[self.rows].add(scaled), -lift)
 
 
 def pays(positions: int, size: int) -> bool:
@@ -218,35 +243,109 @@ def _met(inputs: Sequence[Inputs], start: Any) -> jax.Array:
 
 
 def _gram(x: jax.Array) -> jax.Array:
-    return jnp.einsum("nti,nsi->nts", x, x, precision=_HIGHEST)
+    """Products of all pairs of positions, added up in blocks.
 
-
-def _near_one(arrays: Sequence[jax.Array]) -> tuple[list[jax.Array], Sequence[jax.Array]]:
-    """In at least float32, each example by a power of two, and numbers that undo it.
-
-    So that the squares of what is huge or tiny stay in range.
+    One sum of 16,384 equal products is off by 435 half units in the last place on a CPU.
     """
-    wide = [widen(x) for x in arrays]
-    largest = [jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0) for x in wide]
-    # A maximum may lose NaN; the array keeps it.
-    down = inverse_power_of_two(functools.reduce(jnp.maximum, largest))
-    scaled = [x * column(down[0], x) * column(down[1], x) for x in wide]
-    return scaled, [1 / factor for factor in down]
+    positions, width = x.shape[1:]
+    block = max(_BLOCK, positions)  # the products of all blocks are no larger than x
+    if width <= block:
+        return jnp.einsum("nti,nsi->nts", x, x, precision=_HIGHEST)
+    blocks = -(-width // block)
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, blocks * block - width)])
+    x = x.reshape(*x.shape[:2], blocks, block)
+    grams = jnp.einsum("ntbi,nsbi->nbts", x, x, precision=_HIGHEST)
+    return jnp.sum(jax.lax.optimization_barrier(grams), axis=1)  # else XLA sums as one row again
 
 
-def _norms(inputs: Any, outputs: jax.Array, undo: Sequence[jax.Array]) -> jax.Array:
-    """From Gram matrices: the root of the sum of products, and what rounding may take from it.
+def _chain(width: int, positions: int) -> int:
+    """How many roundings a product of `_gram` has behind it at most."""
+    block = min(width, max(_BLOCK, positions))
+    return block + -(-width // max(block, 1))
 
-    The product of the norms and the numbers of `undo` is what was before `_near_one`.
+
+class _Powers(NamedTuple):
+    """Exponents of powers of two that bring a product of inputs and outputs near 1.
+
+    Attributes:
+      inputs: For each position, [examples, positions].
+      outputs: The same.
+      whole: What undoes both: at each position the sum of the three is 0.
     """
+
+    inputs: jax.Array
+    outputs: jax.Array
+    whole: jax.Array
+
+
+def _balanced(inputs: jax.Array, outputs: jax.Array) -> _Powers:
+    """From the exponents of the largest elements at each position.
+
+    The factors of a position become equally large, and those of the largest product near 1. Else a
+    product in one Gram matrix may leave the range before one in the other would undo that.
+    """
+    both = inputs + outputs
+    whole = jnp.max(both, axis=1)
+    of_inputs = (both - whole[:, None]) // 2 - inputs
+    return _Powers(of_inputs, -whole[:, None] - of_inputs, whole)
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(x), axis=-1, initial=0)
+
+
+def _exponents(x: jax.Array) -> jax.Array:
+    """Exponents e with x < 2^e; that of zero is below all, and what is not finite stays so."""
+    exponents = jnp.frexp(jnp.where(jnp.isfinite(x) & (x != 0), x, 1))[1]
+    return jnp.where(x == 0, 2 * jnp.finfo(x.dtype).minexp, exponents)
+
+
+def _scaled(x: jax.Array, exponents: jax.Array) -> jax.Array:
+    """Times a power of two, in two steps of which neither is flushed to zero or overflows."""
+    exponents = jnp.expand_dims(exponents, tuple(range(exponents.ndim, x.ndim)))
+    least = jnp.finfo(x.dtype).minexp
+    exponents = jnp.clip(exponents, 2 * least, -2 * least)
+    half, one = exponents // 2, jnp.ones_like(exponents, x.dtype)
+    return x * jnp.ldexp(one, half) * jnp.ldexp(one, exponents - half)
+
+
+def _factored(
+    x: jax.Array,
+    powers: jax.Array,
+    whole: jax.Array,
+    first: jax.Array,
+    second: jax.Array,
+    keep: jax.Array,
+) -> jax.Array:
+    """Examples scaled by their factors; all powers of two at once, so that nothing is lost."""
+    mantissas, exponents = zip(*map(jnp.frexp, (first, second)), strict=True)
+    mantissa = mantissas[0] * mantissas[1]
+    kept = jnp.where(column(keep, x), x, 0) * column(mantissa, x)
+    return _scaled(kept, powers + (whole + exponents[0] + exponents[1])[:, None])
+
+
+def _lift(limit: jax.Array) -> jax.Array:
+    """Exponent by which sums are larger while they are formed, where the limit is tiny.
+
+    Else what is flushed to zero, of parts that cancel, were not small against the limit.
+    """
+    return jnp.where(limit > 0, jnp.clip(-_exponents(limit), 0, 64), 0)
+
+
+def _norms(inputs: Any, outputs: jax.Array, whole: jax.Array, chain: int) -> jax.Array:
+    """From Gram matrices: the norm, and what rounding may take from it or add to the gradient.
+
+    `chain` is the number of roundings in both matrices, and `whole` undoes the powers of two.
+    """
+    positions = outputs.shape[-1]
+    unit = float(jnp.finfo(outputs.dtype).eps) / 2
     squares = jnp.sum(inputs * outputs, axis=(1, 2))
     lengths = [jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2)) for gram in (inputs, outputs)]
     most = jnp.sum(lengths[0] * lengths[1], axis=1)
-    # Terms of both signs may cancel, so that what is left is rounding.
-    safe = jnp.where(squares > 0, squares, 0 * squares) + _ROUNDING * most * most
-    return functools.reduce(jnp.multiply, undo, safe_power(safe, 0.5))
-
-
-def _scaled(x: jax.Array, first: jax.Array, second: jax.Array, keep: jax.Array) -> jax.Array:
-    kept = jnp.where(column(keep, x), x, 0)
-    return kept * column(second, x) * column(first, x)
+    # Terms of both signs may cancel, so that what is left is rounding: of the square, and then of
+    # the sum over positions. A product on TPU is off by some units, too.
+    lost = unit * (chain + 2 * positions + 8)
+    safe = jnp.where(squares > 0, squares, 0 * squares) + lost * most * most
+    norm = safe_power(safe, 0.5) + unit * (positions + 4) * most
+    # Where the sum of lengths overflows, so may the gradient, though what is left of it is small.
+    return jnp.where(jnp.isfinite(_scaled(most, whole)), _scaled(norm, whole), jnp.inf)

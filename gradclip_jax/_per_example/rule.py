@@ -39,6 +39,7 @@ class Held(NamedTuple):
     Attributes:
       keep: Whether an example counts and is finite, [examples].
       factors: For each leaf two factors, each [examples].
+      limits: For each leaf the limit of its group, a scalar.
       norms: Norms by group before the clip, each [examples]; 0 for an example that does not count.
       above: By group, the number of examples that count, are finite and above the limit.
       nonfinite: Number of examples that count and are not finite.
@@ -46,6 +47,7 @@ class Held(NamedTuple):
 
     keep: jax.Array
     factors: list[tuple[jax.Array, jax.Array]]
+    limits: list[jax.Array]
     norms: Any
     above: Any
     nonfinite: jax.Array
@@ -161,6 +163,7 @@ def hold(norms: Any, sizes: Sequence[int], real: jax.Array, max_norm: Any, rule:
     return Held(
         keep=keep,
         factors=[pairs[group] for group in index],
+        limits=[limits[group] for group in index],
         norms=plain(seen),
         above=plain(groups.unflatten(above)),
         nonfinite=jnp.sum(real & ~finite, dtype=jnp.int32),
@@ -196,10 +199,15 @@ def zeros_for(tree: Any) -> list[jax.Array]:
 
 def add_scaled(totals: list[jax.Array], grads: Any, held: Held) -> list[jax.Array]:
     """Add examples, each scaled by its factors, to sums; those not kept add exactly nothing."""
-    triples = zip(totals, jax.tree.leaves(grads), held.factors, strict=True)
+    rows = zip(totals, jax.tree.leaves(grads), held.factors, held.limits, strict=True)
     return [
-        total + getattr(leaf, "summed", functools.partial(_product, leaf))(*both, held.keep)
-        for total, leaf, both in triples
+        total
+        + (
+            leaf.summed(*both, held.keep, limit)
+            if hasattr(leaf, "summed")
+            else _product(leaf, *both, held.keep)
+        )
+        for total, leaf, both, limit in rows
     ]
 
 

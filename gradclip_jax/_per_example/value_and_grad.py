@@ -168,8 +168,12 @@ def clipped_value_and_grad(
     of which the gradient has a NaN or infinity, or a norm that overflows, adds exactly nothing
     (its value is in the sum of values as it is).
 
-    With `ghost` the rounding of the products of factors comes in, for which their norms are taken
-    larger by 2^-21 of the sum over positions of the products of lengths. They take the place of a
+    Ghost clipping keeps the bound for every finite input: a power of two for each position keeps
+    all products in range, and the norm is taken larger by what rounding may hide where positions
+    cancel (the docs of per-example clipping say why that is enough). With T positions, x_t and d_t
+    the two factors at one, and S the sum of |x_t| |d_t|, that is the root of square + c S^2, and
+    (T + 4) 2^-24 S; c is near 2^-16. It is about 1e-5 of the norm where nothing cancels.
+    An example of which S overflows counts as not finite. Ghosts take the place of a
     gradient where 2 T^2 is at most its size, T the number of positions at which the parameter
     serves in one example: norms need two matrices [T, T] (Bu, Mao, Xu, *Scalable and Efficient
     Training of Large Convolutional Neural Networks with Differential Privacy*, 2022,

@@ -1,11 +1,14 @@
 """Ghost gradients: the numbers of the direct way, without the gradients of examples."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_mesh
 from flax import nnx
+from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from gradclip_jax import clipped_value_and_grad, leaf_norms
@@ -165,6 +168,129 @@ def test_ghost_norms_whose_squares_leave_the_range_are_measured(of_input, of_los
     for one, other in zip(ghosts, direct, strict=True):
         np.testing.assert_allclose(one, other, 2e-4, 2e-5)
     assert sum(map(int, jax.tree.leaves(found[True][0][1].clip_count))) > 0
+
+
+def test_an_example_whose_positions_differ_much_in_scale_is_clipped():
+    """Of each Gram matrix one product underflows: 1e-20 twice, where the other has 1e20 twice."""
+    x = jnp.array([[[1e10, 0, 0, 0], [0, 1e-10, 0, 0]]])
+    d = jnp.array([[[1e-10, 0], [0, 1e10]]])
+    layer = made(lambda: nnx.Linear(4, 2, use_bias=False, rngs=nnx.Rngs(0)))
+    f = clipped_value_and_grad(
+        lambda layer, x, d: (layer(x) * d).sum(), 0.01, ghost=True, return_norms=True
+    )
+    (_, seen), grads = jax.jit(f)(layer, x, d)
+    assert 2**0.5 <= float(seen.norms[0]) < 2**0.5 * (1 + 1e-4)
+    assert int(seen.clip_count) == 1
+    np.testing.assert_allclose(
+        grads.kernel[...][:2], 0.01 / 2**0.5 * np.eye(2), rtol=1e-4, atol=1e-9
+    )
+
+
+class Factors(nnx.Module):
+    """A layer of each kind; the loss gives the outputs of most of them their cotangents."""
+
+    def __init__(self, dtype):
+        same = {"param_dtype": dtype, "dtype": dtype, "rngs": nnx.Rngs(0)}
+        self.dense = nnx.Linear(6, 6, **same)
+        self.axes = nnx.LinearGeneral((2, 3), (5, 4), axis=(1, 3), use_bias=False, **same)
+        self.convolution = nnx.Conv(6, 6, 2, padding="CAUSAL", use_bias=False, **same)
+        self.table = nnx.Embed(5, 10, **same)
+        self.rnn = nnx.RNN(nnx.SimpleCell(6, 6, **same), rngs=False)
+
+    def __call__(self, x, words, carry):
+        several = jnp.moveaxis(x.reshape(1, 4, 2, 3), 1, 2)
+        return {
+            "dense": self.dense(x),
+            "axes": self.axes(several),
+            "convolution": self.convolution(x),
+            "table": self.table(words),
+            "rnn": self.rnn(x, initial_carry=carry),
+        }
+
+    def loss(self, x, words, cotangents):
+        y = self(x, words, jnp.ones((1, 6), x.dtype))
+        pairs = [(y[name].astype(jnp.float32), cotangents[name]) for name in y]
+        return sum((one * other.astype(jnp.float32)).sum() for one, other in pairs)
+
+
+@functools.cache
+def compiled_factors(dtype):
+    """Compiled once for all that is drawn: the limit is an argument."""
+    f = clipped_value_and_grad(
+        Factors.loss, None, measure=leaf_norms, return_norms=True, ghost=True, dtype=jnp.float32
+    )
+    model = made(lambda: Factors(dtype))
+    step = jax.jit(lambda model, *batch: f(model, *batch[:-1], max_norm=batch[-1]))
+    cotangents = {name: jnp.ones((1, 4, *shape), dtype) for name, shape in SHAPES.items()}
+    words = jnp.zeros((1, 4), jnp.int32)
+    trace = step.trace(model, jnp.ones((1, 4, 6), dtype), words, cotangents, jnp.float32(1))
+    assert formed(trace, model, 1) == set()
+    return functools.partial(trace.lower().compile(), model)
+
+
+def true_gradients(x, words, cotangents):
+    """Those that are sums of products of what is given, in float64."""
+    x, words = np.asarray(x, np.float64)[0], np.asarray(words)[0]
+    d = {name: np.asarray(y, np.float64)[0] for name, y in cotangents.items()}
+    before = np.concatenate([np.zeros_like(x[:1]), x[:-1]])
+    table = np.zeros((5, 10))
+    np.add.at(table, words, d["table"])
+    return {
+        ("dense", "kernel"): np.einsum("ti,to->io", x, d["dense"]),
+        ("axes", "kernel"): np.einsum("ti,top->iop", x, d["axes"]),
+        ("convolution", "kernel"): np.einsum(
+            "kti,to->kio", np.stack([before, x]), d["convolution"]
+        ),
+        ("table", "embedding"): table,
+    }  # fmt: skip
+
+
+SHAPES = {"dense": (6,), "axes": (5, 4), "convolution": (6,), "table": (10,), "rnn": (6,)}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@settings(deadline=None, max_examples=12, database=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    of_inputs=st.lists(st.floats(-30, 30), min_size=4, max_size=4),
+    of_products=st.lists(st.floats(-30, 30), min_size=4, max_size=4),
+    cancel=st.booleans(),
+    share=st.sampled_from([1e-9, 1e-5, 1e-3, 0.5]),
+)
+def test_a_ghost_adds_at_most_the_limit_whatever_the_scales_of_its_positions(
+    dtype, seed, of_inputs, of_products, cancel, share
+):
+    rng = np.random.default_rng(seed)
+    inputs, products = np.array(of_inputs), np.array(of_products)
+    if cancel:  # position 1 takes back what 0 adds, and little is left
+        products = np.clip(products[0], -6, 6) + np.array([0, 0, -6, -9])
+    outputs = np.clip(products - inputs, -36, 36)
+    patches = np.maximum(inputs, [inputs[0], *inputs[:-1]])
+    x = 10.0 ** inputs[:, None] * rng.standard_normal((4, 6))
+    cotangents = {
+        name: 10.0 ** outputs.reshape(-1, *(1 for _ in shape)) * rng.standard_normal((4, *shape))
+        for name, shape in SHAPES.items()
+    }
+    if cancel:
+        power = 2.0 ** np.round((inputs[0] - inputs[1]) * np.log2(10))
+        x[1] = x[0] / power
+        for y in cotangents.values():
+            y[1] = -y[0] * power
+    # Else their gradients overflow.
+    cotangents["convolution"] *= 10.0 ** (inputs - patches)[:, None]
+    cotangents["rnn"] = np.clip(cotangents["rnn"], -1e3, 1e3)
+    x, cotangents = jax.tree.map(lambda y: jnp.asarray(y[None], dtype), (x, cotangents))
+    limit = np.float32(max(share * 10.0 ** products[0], 1e-37))
+    words = jnp.array([[1, 1, 3, -1]])
+    (_, seen), grads = compiled_factors(dtype)(x, words, cotangents, limit)
+    assert int(seen.nonfinite_count) == 0
+    norms = {path: float(norm[...][0]) for path, norm in nnx.to_flat_state(seen.norms)}
+    for path, gradient in true_gradients(x, words, cotangents).items():
+        true = np.sqrt((gradient**2).sum())
+        assert norms[path] >= true * (1 - 2**-16) or true < 2**-126, path
+    for path, leaf in nnx.to_flat_state(grads):
+        added = np.sqrt((np.asarray(leaf[...], np.float64) ** 2).sum())
+        assert added <= np.float64(limit) / np.sqrt(len(norms)), path
 
 
 def test_no_gradient_of_an_example_is_formed():

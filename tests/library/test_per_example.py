@@ -441,6 +441,12 @@ def test_zero_gradients_stay_zero_and_limits_0_and_infinity_mean_what_they_say(r
     assert int(clipped) == 0
 
 
+def test_the_margin_below_the_limit_is_the_one_that_is_documented():
+    total, _ = per_example_clip({"w": jnp.array([[4.0, 0.0]])}, 1.0)
+    assert float(total["w"][0]) == 1 - 2**-16 - 2**-23
+    assert "2^-16" in (per_example_clip.__doc__ or "")
+
+
 def test_bfloat16_arrays_do_not_double_what_an_example_adds():
     grads = [jnp.ones((1, 400), jnp.bfloat16)] * 48
     total, _ = per_example_clip(grads, 1.0, dtype=jnp.float32)
