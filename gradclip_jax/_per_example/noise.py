@@ -12,7 +12,7 @@ from .._clip import check_type
 from .._export import exportable
 from .._limits.quantile import quantile as quantile_limit
 from .._norms import is_gradient, norm_dtype, widen
-from .rule import check_max_norm
+from .rule import check_in_range, check_max_norm
 from .value_and_grad import PerExample
 
 
@@ -21,8 +21,8 @@ class NoiseState(NamedTuple):
     """Which noise comes next.
 
     Attributes:
-      step_count: Number of updates so far, int32.
-      key: The key, as it was given.
+      step_count: Number of updates so far, int32; it stops at 2^31 - 1.
+      key: The key, as it was given; from 2^31 - 1 updates on, another one after each.
     """
 
     step_count: jax.Array
@@ -67,10 +67,14 @@ def gaussian_noise(
     https://arxiv.org/abs/1607.00133, algorithm 1.
     """
     multiplier = check_number("noise_multiplier", noise_multiplier, "be a non-negative number", 0)
+    check_in_range("noise_multiplier", multiplier)
     bound = check_max_norm(max_norm)
-    if not isinstance(bound, jax.Array) and math.isinf(bound):
+    if not isinstance(bound, jax.Array) and float(bound) > float(jnp.finfo(norm_dtype()).max):
         raise ValueError(f"`max_norm` must be finite: noise is measured by it, got {max_norm!r}.")
-    divisor = check_above("mean_of", mean_of, 0)
+    divisor = check_in_range("mean_of", check_above("mean_of", mean_of, 0))
+    if not any(isinstance(number, jax.Array) for number in (multiplier, bound, divisor)):
+        deviation = float(multiplier) * float(bound) / float(divisor)
+        check_in_range("noise_multiplier * max_norm / mean_of", deviation)
 
     def init(params: Any) -> NoiseState:
         del params
@@ -91,7 +95,12 @@ def gaussian_noise(
             _noised(leaf, deviation, keys[i]) if is_gradient(leaf) else leaf
             for i, leaf in enumerate(leaves)
         ]
-        return treedef.unflatten(noised), NoiseState(state.step_count + 1, state.key)
+        # With a counter that stands still the same noise would come again, and reveal gradients.
+        last = state.step_count == jnp.iinfo(jnp.int32).max
+        after = jax.random.fold_in(state.key, jnp.uint32(2**31))
+        key = jnp.where(last, after, state.key)
+        count = jnp.where(last, state.step_count, state.step_count + 1)
+        return treedef.unflatten(noised), NoiseState(count, key)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -158,7 +167,10 @@ def quantile_step(
     2021, https://arxiv.org/abs/1905.03871, algorithm 1.
     """
     noise_std = check_number("noise_std", noise_std, "be a non-negative number", 0)
-    divisor = seen.example_count if mean_of is None else check_above("mean_of", mean_of, 0)
+    check_in_range("noise_std", noise_std)
+    divisor = seen.example_count
+    if mean_of is not None:
+        divisor = check_in_range("mean_of", check_above("mean_of", mean_of, 0))
     limit = quantile_limit(quantile, learning_rate=learning_rate)
     number = norm_dtype()
     bound, above, count, n, deviation = (

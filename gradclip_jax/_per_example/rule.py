@@ -114,6 +114,19 @@ def check_max_norm(max_norm: Any) -> Any:
     return check_threshold("max_norm", max_norm)
 
 
+def check_in_range(name: str, value: Any) -> Any:
+    """Return a number that is neither infinite nor, unless it is 0, nothing in float32."""
+    if not isinstance(value, jax.Array):
+        info = jnp.finfo(norm_dtype())
+        least, most = float(info.tiny), float(info.max)
+        if value != 0 and not least <= float(value) <= most:
+            raise ValueError(
+                f"`{name}` must lie between {least:.2g} and {most:.2g}, the range of {info.dtype}, "
+                f"got {value!r}."
+            )
+    return value
+
+
 def check_mask(mask: Any, count: int) -> jax.Array:
     """Return which examples count: all of them, or as the caller says."""
     if mask is None:

@@ -33,6 +33,7 @@ from .rule import (
     Share,
     add_scaled,
     array_norms,
+    check_in_range,
     check_mask,
     check_max_norm,
     column,
@@ -203,7 +204,7 @@ def clipped_value_and_grad(
     if mean_of is not None:
         if reduction == "sum":
             raise ValueError('`mean_of` must be given with `reduction="mean"` alone.')
-        check_above("mean_of", mean_of, 0)
+        check_in_range("mean_of", check_above("mean_of", mean_of, 0))
     if microbatch_size is not None:
         check_whole_number("microbatch_size", microbatch_size)
     rule = Rule(measure, share, response)

@@ -327,6 +327,19 @@ WRONG = {
     "scalars": (lambda: per_example_clip({"w": jnp.float32(1)}, 1.0), "float arrays"),
     "noise": (lambda: gaussian_noise(-1.0, 1.0, 0), "`noise_multiplier` must be"),
     "noise of no limit": (lambda: gaussian_noise(1.0, None, 0), "`max_norm` must be finite"),
+    "noise in float32": (
+        lambda: gaussian_noise(1e39, 1.0, 0), "`noise_multiplier` must lie between 1.2e-38"
+    ),
+    "noise divided in float32": (
+        lambda: gaussian_noise(1.0, 1.0, 0, mean_of=1e-320), "`mean_of` must lie between 1.2e-38"
+    ),
+    "limit of noise in float32": (lambda: gaussian_noise(1.0, 1e39, 0), "`max_norm` must be fin"),
+    "noise that overflows": (
+        lambda: gaussian_noise(1e30, 1e30, 0), "noise_multiplier \\* max_norm / mean_of` must lie"
+    ),
+    "noise of a count": (
+        lambda: quantile_step(1.0, None, noise_std=1e39), "`noise_std` must lie between"
+    ),
     "split": (lambda: split_noise(2.0, 1.0), "`noise_std` must be a finite number above 1"),
 }  # fmt: skip
 
@@ -762,6 +775,18 @@ def test_no_noise_is_none_also_at_an_infinite_limit_and_a_multiplier_of_nan_is_s
         return noise.update(jnp.ones(3), noise.init(jnp.ones(3)))[0]
 
     assert np.isnan(noised(jnp.nan)).all()
+
+
+def test_a_counter_at_its_end_stops_and_its_noise_is_never_that_of_before():
+    noise = gaussian_noise(1.0, 1.0, 0)
+    zeros, last = jnp.zeros(8), jnp.iinfo(jnp.int32).max
+    state = noise.init(zeros)._replace(step_count=jnp.int32(last - 1))
+    seen = []
+    for _ in range(4):
+        update, state = noise.update(zeros, state)
+        seen.append(np.asarray(update))
+    assert int(state.step_count) == last
+    assert all((one != other).all() for one, other in itertools.combinations(seen, 2))
 
 
 def test_noise_and_gradient_are_rounded_together():
