@@ -87,6 +87,7 @@ def clipped_value_and_grad(
     measure: Callable[..., Any] = global_norm,
     share: Share = equal_shares,
     response: Response = shrink,
+    pre_clip: Callable[[Any], Any] | None = None,
     average_users: bool = False,
     return_norms: bool = False,
     dtype: Any = None,
@@ -129,6 +130,9 @@ def clipped_value_and_grad(
         function from their numbers of elements to numbers of sum 1.
       response: As in `clip_to_limit`, or `automatic`. What it lets through must be at most the
         limit; that of `shrink`, `normalize`, `smooth`..., `drop` and `automatic` is.
+      pre_clip: What is done with the gradient of one example (of one user with `user_ids`) before
+        its norm: a function from a tree to one of the same structure and shapes, as to leave
+        arrays out or to scale them. Then `ghost` goes the direct way.
       average_users: Whether the gradients of a user are averaged, not summed, before the clip.
       return_norms: Whether to return the norms.
       dtype: Of the gradients; by default that of each parameter.
@@ -184,6 +188,9 @@ def clipped_value_and_grad(
     the gradient of one who is not done is carried from micro-batch to micro-batch. One example
     that is not finite drops its user.
 
+    A batch of no examples, as Poisson sampling may draw, gives zeros and counts of 0. Parameters
+    may be Python numbers.
+
     >>> import gradclip_jax, jax.numpy as jnp, numpy as np
     >>> def loss(w, x, y):
     ...     return ((x @ w - y) ** 2).mean()
@@ -225,7 +232,10 @@ def clipped_value_and_grad(
         ids = _check_ids(traced["user_ids"], count)
         several = isinstance(argnums, tuple | list)
         pieces = tuple(arguments[i].params for i in positions)
-        params = pieces if several else pieces[0]
+        params = jax.tree.map(_as_array, pieces if several else pieces[0])
+        if count == 0:
+            names = {"max_norm": traced["max_norm"], "user_ids": ids}
+            return _of_no_example(value_and_grad, args, {**kwargs, **names}, batched, params)
         axes = _mesh_axes(params, [batch, real, ids, limit, kwargs], axis_name)
 
         def value_of(
@@ -246,7 +256,8 @@ def clipped_value_and_grad(
 
         params = jax.tree.map(functools.partial(varying_along, axes=axes.varying), params)
         each = None
-        if ghost and ids is None and not several and arguments[positions[0]].graph is not None:
+        direct = ids is not None or several or pre_clip is not None
+        if ghost and not direct and arguments[positions[0]].graph is not None:
             one = jax.tree.map(lambda x: with_all_rows(x)[0], batch)
             each = ghost_gradients(_flax(), value_of, params, one)
         clip = _Clipping(
@@ -254,6 +265,7 @@ def clipped_value_and_grad(
             params=params,
             max_norm=limit,
             rule=rule,
+            pre_clip=pre_clip,
             average_users=average_users,
             return_norms=return_norms,
             axes=axes.varying,
@@ -282,6 +294,39 @@ def clipped_value_and_grad(
         return (value, seen), grads
 
     return value_and_grad
+
+
+def _as_array(x: Any) -> jax.Array:
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
+
+
+def _of_no_example(
+    function: Callable[..., Any], args: Any, kwargs: Any, batched: Sequence[int], params: Any
+) -> Any:
+    """Zeros, as Poisson sampling may draw no example: what one example would give tells which."""
+
+    def of_one(batch: Any) -> Any:
+        given = dict(zip(batched, batch, strict=True))
+        ids = None if kwargs["user_ids"] is None else jnp.zeros(1, jnp.int32)
+        one = [given.get(i, arg) for i, arg in enumerate(args)]
+        return function(*one, **{**kwargs, "user_ids": ids})
+
+    def zeros(x: Any) -> jax.Array:
+        return jnp.zeros(x.shape, x.dtype)
+
+    def none(x: Any) -> jax.Array:
+        return jnp.zeros((0, *x.shape[1:]), x.dtype)
+
+    batch = [
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), part)
+        for part in (jax.tree.map(jnp.asarray, args[i]) for i in batched)
+    ]
+    (value, seen), grads = jax.eval_shape(of_one, batch)
+    found = PerExample(
+        *jax.tree.map(zeros, tuple(seen[:3])), *jax.tree.map(none, (seen.norms, seen.aux))
+    )
+    grads = jax.tree.map(lambda leaf, x: jnp.zeros_like(leaf, dtype=x.dtype), params, grads)
+    return (zeros(value), found), grads
 
 
 def _direct(value_of: Callable[..., Any], params: Any, examples: Any) -> Any:
@@ -373,12 +418,12 @@ def _length(batch: Sequence[Any], batched: Sequence[int]) -> int:
         for leaf in jax.tree.leaves(part)
     ]
     lengths = {shape[:1] for _, shape in shapes}
-    if len(lengths) != 1 or lengths <= {(), (0,)}:
+    if len(lengths) != 1 or lengths == {()}:
         found = ", ".join(f"argument {i} {list(shape)}" for i, shape in shapes)
         raise ValueError(
             "`batch_argnums` must name arguments whose arrays have the same number of examples "
-            f"along their first axis, at least one, got {found or 'no array'}. What is no batch "
-            "goes by keyword."
+            f"along their first axis, got {found or 'no array'}. What is not a batch goes by "
+            "keyword."
         )
     return lengths.pop()[0]
 
@@ -429,6 +474,7 @@ class _Clipping(NamedTuple):
     params: Any
     max_norm: Any
     rule: Rule
+    pre_clip: Callable[[Any], Any] | None
     average_users: bool
     return_norms: bool
     axes: frozenset[str]
@@ -439,8 +485,21 @@ class _Clipping(NamedTuple):
 
     def add(self, totals: list[jax.Array], grads: Any, real: jax.Array) -> tuple[Any, Held]:
         sizes = [leaf.size for leaf in jax.tree.leaves(self.params)]
+        if self.pre_clip is not None:
+            before, grads = grads, jax.vmap(self.pre_clip)(grads)
+            _check_same(before, grads)
         held = hold(array_norms(grads), sizes, real, self.max_norm, self.rule)
         return add_scaled(totals, grads, held), held
+
+
+def _check_same(before: Any, after: Any) -> None:
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (before, after)]
+    if jax.tree.structure(before) != jax.tree.structure(after) or shapes[0] != shapes[1]:
+        found = [[list(shape[1:]) for shape in of_tree] for of_tree in shapes]
+        raise ValueError(
+            "`pre_clip` must return a tree of the structure and shapes that it got: it got arrays "
+            f"of shapes {found[0]} and returned {found[1]}."
+        )
 
 
 class _Sums(NamedTuple):

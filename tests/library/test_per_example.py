@@ -307,7 +307,14 @@ WRONG = {
         r"argument 1 \[7, 3\], argument 2 \[3, 4\]",
     ),
     "no batch": (lambda: clipped_value_and_grad(loss, 1.0)(params_of()), "some batch"),
-    "empty": (lambda: clipped_value_and_grad(loss, 1.0)(params_of(), X[:0], Y[:0]), "at least one"),
+    "pre_clip": (
+        lambda: clipped_value_and_grad(loss, 1.0, pre_clip=lambda g: g["b"])(params_of(), X, Y),
+        r"`pre_clip` must return .* shapes \[\[4\], \[3, 4\]\] and returned \[\[4\]\]",
+    ),
+    "mean_of in float32": (
+        lambda: clipped_value_and_grad(loss, 1.0, reduction="mean", mean_of=1e-320),
+        "`mean_of` must lie between 1.2e-38 and 3.4e\\+38, the range of float32, got 1e-320",
+    ),
     "twice": (
         lambda: clipped_value_and_grad(loss, 1.0, batch_argnums=(0, 1))(params_of(), X, Y), "once"
     ),
@@ -348,6 +355,68 @@ WRONG = {
 def test_what_may_not_be_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("users", [False, True])
+def test_a_batch_of_no_examples_gives_zeros_and_counts_of_0(users):
+    f = clipped_value_and_grad(
+        lambda *args: (loss(*args), args[1]), 1.0, has_aux=True, return_norms=True,
+        measure=leaf_norms, reduction="mean", microbatch_size=2, dtype=jnp.bfloat16,
+    )  # fmt: skip
+    given = {"user_ids": jnp.zeros(0, jnp.int32)} if users else {"mask": jnp.ones(0, bool)}
+    for step in (f, jax.jit(f)):
+        (value, seen), grads = step(params_of(), X[:0], Y[:0], **given)
+        counts = (seen.example_count, seen.nonfinite_count, seen.clip_count["b"])
+        assert [float(value), *map(int, counts)] == [0, 0, 0, 0]
+        assert seen.norms["b"].shape == (0,)
+        assert seen.aux.shape == (0, 1, INPUTS)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), grads) == jax.tree.map(
+            lambda x: (x.shape, jnp.bfloat16), params_of()
+        )
+        assert exact_norm(grads) == 0
+    model = nnx.Linear(INPUTS, OUTPUTS, rngs=nnx.Rngs(0))
+    (_, seen), grads = clipped_value_and_grad(of_module, 1.0, ghost=True)(model, X[:0], Y[:0])
+    assert int(seen.example_count) == exact_norm(grads) == 0
+    total, clipped = per_example_clip({"w": X[:0]}, 1.0)
+    np.testing.assert_array_equal(total["w"], np.zeros(INPUTS))
+    assert int(clipped) == 0
+
+
+def test_no_example_on_any_device_of_shard_map_gives_zeros(mesh):
+    f = clipped_value_and_grad(loss, 1.0)
+    step = jax.shard_map(
+        lambda *args: f(*args)[1], mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P()
+    )
+    assert exact_norm(step(params_of(), X[:0], Y[:0])) == 0
+
+
+def test_parameters_may_be_numbers():
+    f = clipped_value_and_grad(lambda w, x: w["a"] * x.sum() + w["b"].sum(), 1.0)
+    _, grads = f({"a": 2.0, "b": np.zeros(1)}, jnp.array([[3.0], [0.0]]))
+    np.testing.assert_allclose(grads["a"], 3 / 10**0.5, rtol=3e-5)
+    np.testing.assert_allclose(grads["b"], [1 / 10**0.5 + 1], rtol=3e-5)
+
+
+def test_what_is_done_before_the_clip_counts_in_the_norm():
+    def without_b(grads):
+        return {"layer": jax.tree.map(lambda x: 2 * x, grads["layer"]), "b": 0 * grads["b"]}
+
+    each = [[0 * b, 2 * w] for b, w in gradients(loss, params_of(), X, Y)]
+    f = clipped_value_and_grad(loss, 1.0, pre_clip=without_b, microbatch_size=3)
+    assert_close(f(params_of(), X, Y)[1], loop(each, 1.0))
+    ids = np.array([5, 2, 5, 5, 9, 2, 5])
+    users = f(params_of(), X, Y, user_ids=jnp.asarray(ids))[1]
+    assert_close(users, users_loop(each, ids, 1.0)[0])
+
+
+def test_with_a_function_before_the_clip_ghosts_go_the_direct_way():
+    model = nnx.Linear(INPUTS, OUTPUTS, rngs=nnx.Rngs(0))
+    doubled = {"pre_clip": lambda grads: jax.tree.map(lambda x: 2 * x, grads)}
+    ghost, direct = (
+        clipped_value_and_grad(of_module, 1.0, ghost=ghost, **doubled)(model, X, Y)[1]
+        for ghost in (True, False)
+    )
+    jax.tree.map(np.testing.assert_array_equal, ghost, direct)
 
 
 # --- the bound ---
