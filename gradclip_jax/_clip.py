@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._checks import takes
+from ._checks import accepts, takes
 from ._devices import (
     AxisName,
     any_device,
@@ -214,7 +214,7 @@ def measured_types(measure: Measure, params: Any, axis_name: AxisName) -> Any:
 
 def in_update(measure: Measure, extra_args: Any) -> Measure:
     """The measure, with the extra arguments of an update (None at `init`) if it asks for them."""
-    if "extra_args" not in inspect.signature(measure).parameters:
+    if not accepts(measure, "extra_args"):
         return measure
     return functools.partial(measure, extra_args=extra_args)
 
