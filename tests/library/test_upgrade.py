@@ -58,7 +58,11 @@ QUANTILE = percentile_clip(window=4)
 LABELS = {"w": "a", "layers": "b"}
 
 
-@pytest.mark.parametrize("clip", [CLIP, OTHER, SCHEDULED, QUANTILE], ids=str)
+@pytest.mark.parametrize(
+    "clip",
+    [CLIP, OTHER, SCHEDULED, QUANTILE],
+    ids=["constant", "each array", "schedule", "percentile"],
+)
 def test_a_clip_may_be_new_at_any_place_of_a_chain(clip):
     goes_on(optax.chain(*FLAT), optax.chain(clip, *FLAT), taken=[0])
     goes_on(optax.chain(*FLAT), optax.chain(FLAT[0], clip, FLAT[1]), taken=[0])
@@ -84,7 +88,11 @@ def test_the_clip_of_optax_may_become_one_of_ours_and_back():
     assert int(state[1][0].count) == 3
 
 
-@pytest.mark.parametrize("new", [OTHER, SCHEDULED, QUANTILE, gradclip_jax.zclip()], ids=str)
+@pytest.mark.parametrize(
+    "new",
+    [OTHER, SCHEDULED, QUANTILE, gradclip_jax.zclip()],
+    ids=["each array", "schedule", "percentile", "zclip"],
+)
 def test_a_strategy_may_change_and_a_constant_become_a_schedule(new):
     goes_on(optax.chain(CLIP, ADAM), optax.chain(new, ADAM), taken=[0])
     goes_on(optax.chain(new, ADAM), optax.chain(CLIP, ADAM), taken=[0])
