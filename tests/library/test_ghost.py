@@ -195,6 +195,7 @@ class Factors(nnx.Module):
         self.axes = nnx.LinearGeneral((2, 3), (5, 4), axis=(1, 3), use_bias=False, **same)
         self.convolution = nnx.Conv(6, 6, 2, padding="CAUSAL", use_bias=False, **same)
         self.table = nnx.Embed(5, 10, **same)
+        same["recurrent_kernel_init"] = nnx.initializers.zeros  # the default has no bfloat16
         self.rnn = nnx.RNN(nnx.SimpleCell(6, 6, **same), rngs=False)
 
     def __call__(self, x, words, carry):
