@@ -285,7 +285,7 @@ def from_config(
     | `"limit"`, `"a"`, `"b"` | a number, or a limit: `{"method": "percentile", "window": 64}` |
     | `"measure"`, `"response"` | a name, or with arguments `{"method": "unit_norms", "axes": 1}` |
     | `"ball"` | the name of a ball, or a dict of them |
-    | a number | also as a string, as YAML reads `1e-3` and JSON has no infinity |
+    | a number | or a string of one that has an exponent, as YAML reads `1e-3`, or is infinite |
     | a threshold | also a schedule of optax: `{"schedule": "linear", "init_value": 9.0, …}` |
     | a list | a tuple |
 
@@ -443,7 +443,7 @@ def _value(name: str, value: Any, where: str) -> Any:
         return {key: _value(name, each, f"{where}.{key}") for key, each in value.items()}
     if isinstance(value, list):
         return tuple(_value(name, each, where) for each in value)
-    return _number(value)
+    return _number(value, where)
 
 
 def _function(value: Any, known: Mapping[str, Callable[..., Any]], kind: str, where: str) -> Any:
@@ -468,20 +468,23 @@ def _schedule(entry: Mapping[str, Any], where: str) -> optax.Schedule:
     values = _arguments(make, arguments, list(inspect.signature(make).parameters), where)
     if isinstance(values.get("boundaries_and_scales"), dict):
         # The keys of JSON are strings.
-        steps = {_number(step): scale for step, scale in values["boundaries_and_scales"].items()}
+        scales = values["boundaries_and_scales"].items()
+        steps = {int(step) if str(step).isdigit() else step: scale for step, scale in scales}
         values["boundaries_and_scales"] = steps
     return make(**values)
 
 
-def _number(value: Any) -> Any:
-    """A string that says a number as that number, and anything else as it is."""
-    if isinstance(value, str):
-        for kind in (int, float):
-            try:
-                return kind(value)
-            except ValueError:
-                continue
-    return value
+def _number(value: Any, where: str) -> Any:
+    """A number that YAML or JSON can only say as a string, and anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    if "e" in value.lower() or not math.isfinite(number):
+        return number
+    raise ValueError(f"`{where}` must be a number, got the string {value!r}: leave out the quotes.")
 
 
 def _checked(name: Any, known: Iterable[str], kind: str, where: str) -> str:

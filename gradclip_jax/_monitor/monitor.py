@@ -546,7 +546,7 @@ def _check_number(key: str, value: Any) -> None:
         return
     try:
         np.asarray(value, np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"`{key}` must be a number or numbers, got {value!r}.") from error
 
 

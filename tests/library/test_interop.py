@@ -352,7 +352,7 @@ CONFIGS = [
         lambda g: g.clip_by_global_norm(2.0, order=math.inf, response=g.smooth),
     ),
     (
-        {"method": "zclip", "z_max": 2.5, "warmup_steps": "2", "measure": "leaf_norms"},
+        {"method": "zclip", "z_max": 2.5, "warmup_steps": 2, "measure": "leaf_norms"},
         lambda g: g.zclip(2.5, warmup_steps=2, measure=g.leaf_norms),
     ),
     (
@@ -476,6 +476,10 @@ def test_every_strategy_and_limit_has_its_name_in_a_config():
         (
             {"method": "clip_by_norm", "threshold": 1.0, "max_norm": 2.0},
             "must have `threshold` or `max_norm`, not both: for `clip_by_norm`",
+        ),
+        (
+            {"method": "clip_by_norm", "max_norm": "1.0"},
+            "`config.max_norm` must be a number, got the string '1.0': leave out the quotes",
         ),
         ({"method": "clip_by_norm"}, "`config` must have a `max_norm`, which `clip_by_norm` needs"),
         ({"threshold": 1.0, "metod": "zclip"}, "a key `method`, has `threshold`, `metod`"),
