@@ -4,7 +4,6 @@ What differs between versions of jax about types and memories is in this file an
 """
 
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -18,9 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 AxisName = Any
 """None, a name, names, or a prefix pytree of PartitionSpecs: see `reduced_axes`."""
 
-# jax 0.10.2 and 0.11 call it `compute_on2`; before, there was only a decorator of that name.
+# jax 0.10.2 and 0.11 call it `compute_on2`.
 _computed_on: Any = getattr(_compute_on, "compute_on2", _compute_on.compute_on)
-_only_decorates = "out_memory_spaces" not in inspect.signature(_computed_on).parameters
 
 
 def type_of(x: Any) -> Any:
@@ -37,18 +35,14 @@ def type_of(x: Any) -> Any:
 
 def varying_axes(x: Any) -> frozenset[str]:
     """Manual mesh axes along which the type of `x` says that devices hold different values."""
-    kind = type_of(x)
-    manual = getattr(kind, "manual_axis_type", None)
-    # Before `manual_axis_type` the set of varying axes was the attribute itself.
-    return frozenset(kind.vma if manual is None else manual.varying)
+    return frozenset(type_of(x).manual_axis_type.varying)
 
 
 def unreduced_axes(x: Any) -> frozenset[str]:
     """Mesh axes along which the type of `x` says that it is a partial sum, manual or not."""
     kind = type_of(x)
-    manual = getattr(kind, "manual_axis_type", None)
     explicit = getattr(getattr(kind.sharding, "spec", None), "unreduced", ())
-    return frozenset(explicit) | frozenset(() if manual is None else manual.unreduced)
+    return frozenset(explicit) | frozenset(kind.manual_axis_type.unreduced)
 
 
 def manual_axes() -> tuple[str, ...]:
@@ -344,8 +338,6 @@ def _in_place(
     if not _in_host_memory(x):
         return f(x, *numbers)
     there = [back(number, x) for number in numbers]
-    if _only_decorates:
-        return jax.device_put(_computed_on("device_host")(jax.jit(f))(x, *there), space)
     return _computed_on(f, compute_type="device_host", out_memory_spaces=space)(x, *there)
 
 

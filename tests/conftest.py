@@ -23,10 +23,6 @@ os.environ.setdefault("MPLBACKEND", "agg")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-# What jax 0.10.0 and 0.10.1 cannot do themselves, each with its reason beside it.
-BEFORE_0_10_2 = tuple(map(int, jax.__version__.split(".")[:3])) < (0, 10, 2)
-
-
 def make_mesh(kind: AxisType = AxisType.Auto, **axes: int) -> Mesh:
     """A mesh with axes of these sizes, all of one kind (`make_mesh` alone gives explicit ones)."""
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(kind,) * len(axes))

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import BEFORE_0_10_2
 from jax.sharding import AxisType, PartitionSpec as P
 
 import gradclip_jax
@@ -30,13 +29,8 @@ def compiled_step(clip, optimizer, params, donate_grads):
 
 # Donated gradients have no output to become: params and moments take the place of their own.
 pytestmark = pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
-# Before, XLA on CPU keeps x * x of any sum of squares, without a clip too.
-fused_sums = pytest.mark.skipif(
-    BEFORE_0_10_2, reason="from jax 0.10.2 on XLA fuses squares into their sum"
-)
 
 
-@fused_sums
 @pytest.mark.parametrize("donate_grads", [True, False])
 def test_no_second_copy_of_the_gradients_in_front_of_adamw(donate_grads, standard_promotion):
     clip = gradclip_jax.clip_by_global_norm(1.0)
@@ -50,7 +44,6 @@ def test_optax_keeps_one(standard_promotion):
     assert step.memory_analysis().temp_size_in_bytes > 0.9 * BYTES
 
 
-@fused_sums
 @pytest.mark.parametrize(
     "clip",
     [
@@ -69,14 +62,12 @@ def test_no_other_clip_keeps_one_either(clip, standard_promotion):
     assert memory.temp_size_in_bytes < 0.05 * BYTES
 
 
-@fused_sums
 def test_a_clip_of_bfloat16_makes_no_float32_copy():
     grads = jnp.ones((SIDE, SIDE), jnp.bfloat16)
     memory = jax.jit(gradclip_jax.global_norm).lower(grads).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 0.05 * BYTES / 2
 
 
-@fused_sums
 @pytest.mark.parametrize(("dtype", "make"), [(jnp.float32, optax.adamw), (jnp.bfloat16, optax.sgd)])
 def test_arrays_of_one_shape_are_not_added_before_they_are_reduced(dtype, make, standard_promotion):
     """XLA makes the sum of two sums one of all elements, for which it keeps a sum of arrays."""

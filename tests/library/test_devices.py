@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import BEFORE_0_10_2, make_mesh, shard_map
+from conftest import make_mesh, shard_map
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from registry import FLOOR, STRATEGIES
 
@@ -444,12 +444,6 @@ def test_an_optimizer_state_made_outside_serves_inside(mesh, standard_promotion)
     assert_same((result, new_state), (expected, expected_state))
 
 
-results_stay = pytest.mark.skipif(
-    BEFORE_0_10_2, reason="from jax 0.10.2 on results computed on the host stay there"
-)
-
-
-@results_stay
 def test_mixed_memories_are_reduced_where_they_are():
     """Host-offloaded leaves beside device leaves: only numbers move."""
     device = jax.devices()[0]
@@ -466,7 +460,6 @@ def test_mixed_memories_are_reduced_where_they_are():
         assert float(new_state.grad_norm) == pytest.approx(5e20)
 
 
-@results_stay
 @all_strategies
 def test_every_strategy_takes_mixed_memories(strategy):
     pinned = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")

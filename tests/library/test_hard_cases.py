@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import BEFORE_0_10_2, make_mesh
+from conftest import make_mesh
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
@@ -563,9 +563,6 @@ def test_skip_not_finite_of_optax_does_not_ask_the_other_devices(mesh):
 
 # Host memory.
 
-results_stay = pytest.mark.skipif(
-    BEFORE_0_10_2, reason="from jax 0.10.2 on results computed on the host stay there"
-)
 # Norms 3, 4 and 12; the first two in pinned host memory, sharded and replicated.
 OFFLOADED = {
     "split": np.full((6, 6), 0.5),
@@ -591,7 +588,6 @@ def assert_clipped_in_place(updates, norm, grads):
         assert leaf.sharding.memory_kind == grads[name].sharding.memory_kind, name
 
 
-@results_stay
 @both_kinds
 def test_sharded_leaves_in_host_memory_count_beside_those_on_devices(kind):
     mesh = make_mesh(kind, data=2, model=2)
@@ -607,7 +603,6 @@ def test_sharded_leaves_in_host_memory_count_beside_those_on_devices(kind):
         assert f" {collective}(" not in compiled.as_text()
 
 
-@results_stay
 @each_check
 def test_leaves_in_host_memory_count_inside_shard_map(check_vma):
     mesh = make_mesh(data=2, model=2)
