@@ -207,6 +207,24 @@ def any_device(flags: jax.Array, axis_name: AxisName) -> jax.Array:
     return sum_over_devices(flags.astype("int32"), axes) > 0 if axes else flags
 
 
+def split_along(norms: Any, axis_name: AxisName) -> tuple[tuple[str, ...], ...]:
+    """Mesh axes along which devices hold different entries of each array of norms."""
+    leaves = jax.tree.leaves(norms)
+    if types_tell():
+        axes = [varying_axes(leaf) for leaf in leaves]
+    else:
+        axes = [frozenset(_names(given or ())) for given in per_leaf(axis_name, norms)]
+    # A scalar is the norm of all devices already.
+    pairs = zip(leaves, axes, strict=True)
+    return tuple(tuple(sorted(names)) if leaf.ndim else () for leaf, names in pairs)
+
+
+def smallest_over_devices(x: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """The smallest of the numbers of all devices along these axes."""
+    names = tuple(sorted(axes))
+    return -jax.lax.pmax(-varying_along(x, names), names) if names else x
+
+
 def sum_over_devices(tree: Any, axes: Iterable[str]) -> Any:
     """The sums of the arrays of all devices along these axes."""
     names = tuple(sorted(axes))

@@ -6,14 +6,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from ._clip import ClipState, NonfiniteState
-from ._devices import path_name, types_tell
+from ._devices import (
+    AxisName,
+    axis_size,
+    path_name,
+    smallest_over_devices,
+    split_along,
+    sum_over_devices,
+)
 from ._guards import SkipState
 from ._norms import global_norm, in_rows
 
 
-def metrics(opt_state: Any, *, per_group: bool = False) -> dict[str, jax.Array]:
+def metrics(
+    opt_state: Any, *, per_group: bool = False, axis_name: AxisName = None
+) -> dict[str, jax.Array]:
     """What the clip in an optimizer state saw and did in its last update, for any logger.
 
     Args:
@@ -23,6 +33,9 @@ def metrics(opt_state: Any, *, per_group: bool = False) -> dict[str, jax.Array]:
       per_group: Add an entry for each group when the clip has several: `grad_norm/encoder/w`,
         and likewise for limit and factor. Of units in one array: the norm of all of them, the
         smallest limit and factor.
+      axis_name: Needed only for norms of units that `pmap`, or `shard_map` with `check_vma=False`,
+        splits over devices: a mesh axis or axes along which each array of norms is split, or a
+        prefix pytree of PartitionSpecs of the norms. Without it each device sees its own units.
 
     Returns:
       A flat dict of scalars, on the device until they are read:
@@ -49,11 +62,6 @@ def metrics(opt_state: Any, *, per_group: bool = False) -> dict[str, jax.Array]:
 
       and give `grad_norm` and `step_count` of all updates: one that is skipped reaches no clip
       within.
-
-      Of norms of units that `pmap`, or `shard_map` with `check_vma=False`, splits over devices,
-      each device sees its own: there `grad_norm`, `clip_limit`, `clip_factor` and `clipped` are
-      those of the units on that device, and only the counters are agreed on. Return the state by
-      its PartitionSpecs and call `metrics` outside, or check the types.
 
     Raises:
       ValueError: When there is neither a clip nor a guard in the state.
@@ -83,7 +91,9 @@ def metrics(opt_state: Any, *, per_group: bool = False) -> dict[str, jax.Array]:
     values: dict[str, jax.Array] = {}
     for number, state in enumerate(clips, start=1):
         suffix = "" if number == 1 else f"_{number}"
-        values.update({key + suffix: value for key, value in _of_clip(state, per_group).items()})
+        values.update(
+            {key + suffix: value for key, value in _of_clip(state, per_group, axis_name).items()}
+        )
     for number, state in enumerate(skips, start=1):
         suffix = "" if number == 1 else f"_{number}"
         values.update({key + suffix: value for key, value in _of_skip(state).items()})
@@ -99,19 +109,22 @@ def metrics(opt_state: Any, *, per_group: bool = False) -> dict[str, jax.Array]:
     return values
 
 
-def _of_clip(state: ClipState, per_group: bool) -> dict[str, jax.Array]:
+def _of_clip(state: ClipState, per_group: bool, axis_name: AxisName) -> dict[str, jax.Array]:
     norms = jax.tree.leaves(state.grad_norm)
     limits = jax.tree.leaves(state.clip_limit)
     factors = jax.tree.leaves(state.clip_factor)
+    axes = split_along(state.grad_norm, axis_name)
     values = {
-        **_named(_of_groups(norms, limits, factors)),
+        **_named(_of_groups(norms, limits, factors, axes=axes)),
         "clip_count": _only_array(state.clip_count),
         "nonfinite_count": _only_array(state.nonfinite_count),
         "step_count": _only_array(state.step_count),
     }
     if per_group and len(norms) > 1:
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.grad_norm)]
-        for path, of_group in zip(paths, _of_each_group(norms, limits, factors), strict=True):
+        for path, of_group in zip(
+            paths, _of_each_group(norms, limits, factors, axes=axes), strict=True
+        ):
             named = _named(of_group[:3])
             values |= {f"{key}/{path_name(path)}": value for key, value in named.items()}
     return values
@@ -123,23 +136,29 @@ def _named(values: Sequence[jax.Array]) -> dict[str, jax.Array]:
 
 
 # Called eagerly these are one cached program for each number of groups.
-@functools.partial(jax.jit, inline=True)
-def _of_groups(norms, limits, factors):
-    pairs = zip(in_rows(norms), in_rows(limits), strict=True)
-    above = [jnp.sum(jnp.isfinite(norm) & (norm > limit)) for norm, limit in pairs]
-    groups = max(sum(norm.size for norm in norms), 1)
+@functools.partial(jax.jit, static_argnames="axes", inline=True)
+def _of_groups(norms, limits, factors, *, axes):
+    over = frozenset().union(*axes)
+    counted = [(jnp.zeros((), jnp.int32), 0)]
+    for names in dict.fromkeys(axes):
+        here = [i for i, along in enumerate(axes) if along == names]
+        pairs = zip(*(in_rows([of[i] for i in here]) for of in (norms, limits)), strict=True)
+        above = [jnp.sum(jnp.isfinite(norm) & (norm > limit)) for norm, limit in pairs]
+        groups = sum(norms[i].size for i in here) * axis_size(names)
+        counted.append((sum_over_devices(sum(above), names), groups))
+    above, groups = map(sum, zip(*counted, strict=True))
     return (
-        _joint_norm(norms),
-        _smallest(limits, jnp.inf),
-        _smallest(factors, 1.0),
-        jnp.asarray(sum(above), jnp.float32) / groups,
+        _joint_norm(norms, axes),
+        smallest_over_devices(_smallest(limits, jnp.inf), over),
+        smallest_over_devices(_smallest(factors, 1.0), over),
+        jnp.asarray(above, jnp.float32) / max(groups, 1),
     )
 
 
-@functools.partial(jax.jit, inline=True)
-def _of_each_group(norms, limits, factors):
-    groups = zip(norms, limits, factors, strict=True)
-    return [_of_groups([norm], [limit], [factor]) for norm, limit, factor in groups]
+@functools.partial(jax.jit, static_argnames="axes", inline=True)
+def _of_each_group(norms, limits, factors, *, axes):
+    groups = zip(norms, limits, factors, axes, strict=True)
+    return [_of_groups([norm], [limit], [factor], axes=(a,)) for norm, limit, factor, a in groups]
 
 
 def _found(opt_state: Any) -> list[Any]:
@@ -194,10 +213,12 @@ def _only_array(x: Any) -> jax.Array:
     return array
 
 
-def _joint_norm(norms: list[jax.Array]) -> jax.Array:
+def _joint_norm(norms: list[jax.Array], axes: tuple[tuple[str, ...], ...]) -> jax.Array:
     if len(norms) == 1 and norms[0].ndim == 0:
         return norms[0]
-    return global_norm(in_rows(norms), axis_name=None if types_tell() else ())
+    if not any(axes):
+        return global_norm(in_rows(norms), axis_name=())
+    return global_norm(norms, axis_name=[PartitionSpec(names or None) for names in axes])
 
 
 def _smallest(values: list[jax.Array], default: float) -> jax.Array:

@@ -185,8 +185,28 @@ def test_of_units_in_several_arrays_the_factor_is_the_smallest():
     assert numbers(gradclip_jax.metrics(state))["clip_factor"] == pytest.approx(6 / 84)
 
 
+@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
+def test_metrics_of_units_that_devices_split_are_those_of_all(check_vma, mesh):
+    """In seven columns the norm is 0.5, in one 10; the bias, of norm 2, is on all devices."""
+    specs = {"w": P(None, "data"), "b": P()}
+    clip = gradclip_jax.clip_by_unit_norm(1.0, axes=0, axis_name=specs)
+    grads = {"w": jnp.full((4, 8), 0.25).at[:, 3].set(5.0), "b": jnp.full(4, 1.0)}
+
+    def update(grads):
+        _, state = clip.update(grads, clip.init(grads))
+        said = None if check_vma else specs
+        return metrics(state, axis_name=said), metrics(state, axis_name=said, per_group=True)
+
+    mapped = shard_map(update, mesh=mesh, in_specs=(specs,), out_specs=P(), check_vma=check_vma)
+    seen, each = map(numbers, mapped(grads))
+    assert seen["grad_norm"] == pytest.approx(np.sqrt(7 * 0.25 + 100 + 4))
+    assert seen["clip_factor"] == pytest.approx(0.1)
+    assert seen["clipped"] == pytest.approx(2 / 9)
+    assert each["grad_norm/w"] == pytest.approx(np.sqrt(7 * 0.25 + 100))
+    assert each["clip_factor/b"] == pytest.approx(0.5)
+
+
 def test_metrics_of_split_units_are_those_of_all_outside_the_region(mesh):
-    """Inside one with unchecked types each device sees its own units."""
     specs = P(None, "data")
     clip = gradclip_jax.clip_by_unit_norm(1.0, axis_name=specs)
     grads = jnp.ones((4, 8)).at[:, 3].set(5.0)
