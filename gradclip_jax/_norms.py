@@ -350,7 +350,8 @@ class _Along(NamedTuple):
 )
 def _norms_of_groups(leaves, **options):
     measure = functools.partial(_norms_of_cells, **options)
-    # jax (0.10 to 0.12) cannot transpose a branch in such a rule once `vmap` has mapped it.
+    # In such a rule jax (0.10 to 0.12) cannot transpose a branch that `vmap` has mapped, nor 0.12 a
+    # barrier of which some operands are constant.
     return _with_finite_derivative(measure, functools.partial(measure, branch=False), leaves)
 
 
@@ -380,7 +381,7 @@ def _norms_of_cells(leaves, *, dims, along, groups, order, together, branch=True
         for group, members in enumerate(groups)
         for split in sorted({along[i] for i in members}) or [_Along((), ())]
     ]
-    over_leaves = functools.partial(_over_leaves, leaves, dims)
+    over_leaves = functools.partial(_over_leaves, leaves, dims, barrier=branch)
     over_devices = functools.partial(_over_devices, cells, len(groups))
     if order == 1:
         moduli = functools.partial(over_leaves, _sum_of_moduli)
@@ -412,8 +413,11 @@ def _norms_of_cells(leaves, *, dims, along, groups, order, together, branch=True
     ]
 
 
-def _over_leaves(leaves, dims, of_leaf, cells, *, numbers=None, join=jnp.add, together=False):
+def _over_leaves(
+    leaves, dims, of_leaf, cells, *, numbers=None, join=jnp.add, together=False, barrier=True
+):
     """One array for each cell: reduced over the elements of a leaf, then over its leaves."""
+    keep = apart if barrier else lambda x: x
     reduced = []
     for position, cell in enumerate(cells):
         number = () if numbers is None else numbers[position]
@@ -422,11 +426,11 @@ def _over_leaves(leaves, dims, of_leaf, cells, *, numbers=None, join=jnp.add, to
             of_these = functools.partial(of_leaf, dims=dims[first])
             if others:
                 alike = [leaves[first], *(leaves[i] for i in others)]
-                parts.append(of_these(*apart((alike, *number))))
+                parts.append(of_these(*keep((alike, *number))))
             else:
-                parts.append(reduced_in_place(of_these, *apart((leaves[first], *number))))
+                parts.append(reduced_in_place(of_these, *keep((leaves[first], *number))))
         # Else XLA adds arrays of one shape and keeps their sum, to reduce that.
-        parts = apart(parts) if len(parts) > 1 else parts
+        parts = keep(parts) if len(parts) > 1 else parts
         reduced.append(functools.reduce(join, parts) if parts else jnp.zeros((), norm_dtype()))
     return reduced
 

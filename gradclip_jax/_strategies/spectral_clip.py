@@ -317,8 +317,8 @@ def _inverse_root(a: jax.Array, least: jax.Array, iterations: int) -> jax.Array:
         t = _times(three - _times(product(z, y), r * r), r / 2)
         return product(y, t), product(t, z), jnp.minimum(r * low * (3 - r * r * low * low) / 2, 1)
 
-    # The zeros are split as `a` is, also where no mesh is set.
-    one = varying_like(jnp.zeros_like(a) + _identities(a), a)
+    # Split as `a` is, also where no mesh is set: there `zeros_like` (jax 0.12) makes whole arrays.
+    one = varying_like(0 * a + _identities(a), a)
     return jax.lax.fori_loop(0, iterations, step, (a, one, jnp.sqrt(least)))[1]
 
 
