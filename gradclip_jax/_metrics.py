@@ -143,7 +143,9 @@ def _of_groups(norms, limits, factors, *, axes):
     for names in dict.fromkeys(axes):
         here = [i for i, along in enumerate(axes) if along == names]
         pairs = zip(*(in_rows([of[i] for i in here]) for of in (norms, limits)), strict=True)
-        above = [jnp.sum(jnp.isfinite(norm) & (norm > limit)) for norm, limit in pairs]
+        above = [
+            jnp.sum(jnp.isfinite(norm) & (norm > limit), dtype=jnp.int32) for norm, limit in pairs
+        ]
         groups = sum(norms[i].size for i in here) * axis_size(names)
         counted.append((sum_over_devices(sum(above), names), groups))
     above, groups = map(sum, zip(*counted, strict=True))

@@ -29,6 +29,8 @@ from registry import (
     wide,
 )
 
+from gradclip_jax import metrics
+
 representatives = pytest.mark.parametrize("strategy", FLOOR, ids=str)
 formulas = pytest.mark.parametrize("strategy", FORMULAS, ids=str)
 dtypes = pytest.mark.parametrize(
@@ -400,6 +402,9 @@ def test_norms_are_float64_under_x64(strategy, x64):
     assert {leaf.dtype for leaf in jax.tree.leaves(state.grad_norm)} == {jnp.dtype(jnp.float64)}
     limit = strategy.limit(1e100, np.ones(2), np.ones(2))
     assert max(strategy.norms(result)) <= limit * (1 + 1e-12)
+    found = metrics(state)
+    assert found["grad_norm"].dtype == jnp.float64
+    assert found["clipped"] == 1
 
 
 @representatives
