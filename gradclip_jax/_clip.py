@@ -11,17 +11,11 @@ import numpy as np
 import optax
 
 from ._checks import accepts, takes
-from ._devices import (
-    AxisName,
-    any_device,
-    check_averaged,
-    filled_like,
-    manual_axes,
-    varying_like,
-)
+from ._devices import AxisName, any_device, check_averaged, filled_like, manual_axes, varying_like
 from ._export import exportable
+from ._leaves import GroupNorms, in_rows, is_gradient, norm_dtype, spread
 from ._limits import Limit, as_limit, observe
-from ._norms import GroupNorms, global_norm, in_rows, is_gradient, norm_dtype, spread
+from ._norms import global_norm
 from ._rescale import (
     OnNonfinite,
     Response,

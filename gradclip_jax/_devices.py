@@ -1,24 +1,22 @@
-"""Where a leaf lives: the mesh axes along which it is split, and the memory that holds it.
+"""Where a leaf lives: the mesh axes along which it is split.
 
-What differs between versions of jax about types and memories is in this file and nowhere else.
+What differs between versions of jax about types is in this file and nowhere else.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import optax
 from jax.core import Tracer
-from jax.experimental import compute_on as _compute_on
 from jax.sharding import NamedSharding, PartitionSpec
+
+from ._leaves import of_leaves, path_name
+from ._memory import in_host_memory
 
 AxisName = Any
 """None, a name, names, or a prefix pytree of PartitionSpecs: see `reduced_axes`."""
-
-# jax 0.10.2 and 0.11 call it `compute_on2`.
-_computed_on: Any = getattr(_compute_on, "compute_on2", _compute_on.compute_on)
 
 
 def type_of(x: Any) -> Any:
@@ -68,7 +66,7 @@ def unsplit(leaves: Sequence[Any]) -> bool:
     Of what is traced the compiler decides later how it is split, unless there is one device only
     or all axes of the mesh are manual.
     """
-    if any(_in_host_memory(leaf) for leaf in leaves):
+    if any(in_host_memory(leaf) for leaf in leaves):
         return False
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
@@ -91,21 +89,6 @@ def per_leaf(axis_name: AxisName, tree: Any) -> list[Any]:
     rule = "`axis_name` must be a prefix pytree of the updates"
     specs = of_leaves(axis_name, tree, rule, is_leaf=_is_spec)
     return [PartitionSpec() if spec is None else spec for spec in specs]
-
-
-def of_leaves(
-    prefix: Any, tree: Any, rule: str, is_leaf: Callable[[Any], bool] | None = None
-) -> list[Any]:
-    """For every leaf of `tree` the entry of `prefix`, a prefix of it, that covers the leaf."""
-    if any(map(_is_masked, jax.tree.leaves(tree, is_leaf=_is_masked))):
-        prefix = _as_masked(prefix, tree, is_leaf)
-    entries, treedef = jax.tree.flatten(prefix, is_leaf=is_leaf)
-    try:
-        subtrees = treedef.flatten_up_to(tree)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{rule}: {error}") from error
-    pairs = zip(entries, subtrees, strict=True)
-    return [entry for entry, subtree in pairs for _ in jax.tree.leaves(subtree)]
 
 
 def of_pair(axis_name: AxisName) -> AxisName:
@@ -315,74 +298,10 @@ def varying_like(x: jax.Array, other: jax.Array | jax.ShapeDtypeStruct) -> jax.A
     return jax.sharding.reshard(x, there)
 
 
-def reduced_in_place(f: Callable[..., jax.Array], x: jax.Array, *numbers: jax.Array) -> jax.Array:
-    """`f(x, *numbers)`, computed in the memory that holds `x`; the result is on the device."""
-    return _in_place(f, jax.memory.Space.Device, x, *numbers)
-
-
-def changed_in_place(f: Callable[..., jax.Array], x: jax.Array, *numbers: jax.Array) -> jax.Array:
-    """`f(x, *numbers)`, computed in the memory that holds `x`, and left there."""
-    return _in_place(f, jax.memory.Space.Host, x, *numbers)
-
-
-def beside(number: float, x: jax.Array) -> jax.Array:
-    """A number in the dtype and the memory of `x`: constants are on the device."""
-    array = jax.numpy.asarray(number, x.dtype)
-    return back(array, x)
-
-
-def on_device(x: Any) -> jax.Array:
-    """A leaf on the device, also if host memory holds it: for what cannot be computed there."""
-    x = jax.numpy.asarray(x)
-    return jax.device_put(x, jax.memory.Space.Device) if _in_host_memory(x) else x
-
-
-def back(x: jax.Array, origin: Any) -> jax.Array:
-    """What came of a leaf, in the memory that holds the leaf."""
-    return jax.device_put(x, jax.memory.Space.Host) if _in_host_memory(origin) else x
-
-
-def path_name(path: Any) -> str:
-    """A key path as users write it: `encoder/kernel`."""
-    # The array within an `nnx.Variable` is its attribute `value`; the variable has the name.
-    while path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _in_place(
-    f: Callable[..., jax.Array], space: Any, x: jax.Array, *numbers: jax.Array
-) -> jax.Array:
-    if not _in_host_memory(x):
-        return f(x, *numbers)
-    there = [back(number, x) for number in numbers]
-    return _computed_on(f, compute_type="device_host", out_memory_spaces=space)(x, *there)
-
-
-def _in_host_memory(x: Any) -> bool:
-    return jax.typeof(x).memory_space == jax.memory.Space.Host
-
-
 def _on_one_device(x: Any) -> bool:
     if isinstance(x, Tracer):
         return False
     return not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
-
-
-def _as_masked(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] | None) -> Any:
-    """`prefix` cut off where `optax.masked` cut off `tree`: it may name all leaves."""
-    named = jax.tree.leaves_with_path(tree, is_leaf=_is_masked)
-    cut = {path for path, node in named if _is_masked(node)}
-    return jax.tree.map_with_path(
-        lambda path, entry: optax.MaskedNode() if path in cut else entry,
-        prefix,
-        is_leaf=lambda path, x: path in cut or (is_leaf is not None and is_leaf(x)),
-        is_leaf_takes_path=True,
-    )
 
 
 def _is_names(axis_name: AxisName) -> bool:

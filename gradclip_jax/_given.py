@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._norms import norm_dtype
+from ._leaves import norm_dtype
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 

@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._devices import AxisName, path_name, per_leaf, reduced_axes, types_tell
-from ._norms import is_gradient, unit_norms
+from ._devices import AxisName, per_leaf, reduced_axes, types_tell
+from ._leaves import is_gradient, path_name
+from ._norms import unit_norms
 
 
 def matrix_norms(updates: Any, *, axis_name: AxisName = None) -> Any:

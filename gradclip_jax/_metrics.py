@@ -9,16 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from ._clip import ClipState, NonfiniteState
-from ._devices import (
-    AxisName,
-    axis_size,
-    path_name,
-    smallest_over_devices,
-    split_along,
-    sum_over_devices,
-)
+from ._devices import AxisName, axis_size, smallest_over_devices, split_along, sum_over_devices
 from ._guards import SkipState
-from ._norms import global_norm, in_rows
+from ._leaves import in_rows, path_name
+from ._norms import global_norm
 
 
 def metrics(

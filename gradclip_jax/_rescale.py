@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from ._checks import takes
-from ._devices import beside, changed_in_place
-from ._norms import widen
+from ._leaves import widen
+from ._memory import beside, changed_in_place
 
 Response = Callable[[jax.Array, jax.Array], jax.Array]
 """`(norm, limit) -> factor`, elementwise on arrays of one float dtype.

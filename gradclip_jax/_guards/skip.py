@@ -20,11 +20,13 @@ from .._clip import (
     measured_types,
     named_strategy,
 )
-from .._devices import AxisName, changed_in_place, filled_like, varying_like
+from .._devices import AxisName, filled_like, varying_like
 from .._export import exportable
 from .._given import GivenNorm
+from .._leaves import is_gradient
 from .._limits import Limit, as_limit, constant, observe
-from .._norms import global_norm, is_gradient, leaf_norms, leaf_sizes
+from .._memory import changed_in_place
+from .._norms import global_norm, leaf_norms, leaf_sizes
 from .._rescale import factors, rescale, shrink
 from .zero_nonfinite import finite_part
 

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from .._clip import NonfiniteState, counted, transformation
-from .._devices import AxisName, beside, changed_in_place, reduced_in_place
-from .._norms import all_finite, global_norm, is_gradient, norm_dtype
+from .._devices import AxisName
+from .._leaves import is_gradient, norm_dtype
+from .._memory import beside, changed_in_place, reduced_in_place
+from .._norms import global_norm
+from .._safe import all_finite
 
 
 def zero_nonfinite(*, axis_name: AxisName = None) -> optax.GradientTransformationExtraArgs:

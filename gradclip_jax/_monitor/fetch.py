@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from .._norms import norm_dtype
+from .._leaves import norm_dtype
 
 
 class Fetch:

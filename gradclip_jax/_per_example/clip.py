@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from .._devices import mesh_of
-from .._norms import global_norm, is_gradient
+from .._leaves import is_gradient
+from .._norms import global_norm
 from .._rescale import Response, shrink
 from .rule import (
     Rule,

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from .._devices import path_name, varying_along, varying_axes
+from .._devices import varying_along, varying_axes
+from .._leaves import path_name
 from .ghost_layers import Inputs, Kind, is_plain, kinds, pays, rows
 
 _CELLS = ("SimpleCell", "LSTMCell", "OptimizedLSTMCell", "GRUCell")

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from .._devices import split_as
-from .._norms import safe_power, widen
+from .._leaves import widen
+from .._safe import safe_power
 from .rule import column
 
 _HIGHEST = jax.lax.Precision.HIGHEST

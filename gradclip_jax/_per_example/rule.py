@@ -10,7 +10,8 @@ import numpy as np
 
 from .._checks import check_threshold
 from .._devices import split_as
-from .._norms import GroupNorms, global_norm, norm_dtype, norms_of_examples, spread, widen
+from .._leaves import GroupNorms, norm_dtype, spread, widen
+from .._norms import global_norm, norms_of_examples
 from .._rescale import Response, factors, shrink
 
 Share = Callable[[Sequence[int]], Sequence[float]]

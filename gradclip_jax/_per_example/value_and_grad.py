@@ -14,7 +14,6 @@ from .._devices import (
     axis_size,
     manual_axes,
     mesh_of,
-    path_name,
     row_shards,
     sum_over_devices,
     types_tell,
@@ -24,7 +23,8 @@ from .._devices import (
     with_all_rows,
 )
 from .._export import exportable
-from .._norms import global_norm, norm_dtype, widen
+from .._leaves import norm_dtype, path_name, widen
+from .._norms import global_norm
 from .._rescale import Response, shrink
 from .ghost import ghost_gradients
 from .rule import (

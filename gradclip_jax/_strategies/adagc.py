@@ -21,9 +21,10 @@ from .._clip import (
 )
 from .._devices import AxisName, filled_like, types_tell
 from .._export import exportable
+from .._leaves import in_rows
 from .._limits import Limit, constant, observe
 from .._limits.moments import learned, moved
-from .._norms import global_norm, in_rows, leaf_norms
+from .._norms import global_norm, leaf_norms
 from .._rescale import OnNonfinite, check_on_nonfinite
 
 

@@ -19,19 +19,14 @@ from .._clip import (
     record,
     transformation,
 )
-from .._devices import (
-    AxisName,
-    back,
-    of_leaves,
-    on_device,
-    path_name,
-    split_again,
-    with_whole_matrices,
-)
+from .._devices import AxisName, split_again, with_whole_matrices
+from .._leaves import is_function, is_gradient, of_leaves, path_name, widen
 from .._limits import constant
 from .._matrices import check_whole_matrices, powers_near, product
-from .._norms import all_finite, global_norm, is_function, is_gradient, leaf_norms, widen
+from .._memory import back, on_device
+from .._norms import global_norm, leaf_norms
 from .._rescale import OnNonfinite, check_on_nonfinite, shrink
+from .._safe import all_finite
 
 Split = tuple[jax.Array, Callable[[jax.Array], jax.Array]]
 

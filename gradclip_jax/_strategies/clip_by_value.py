@@ -18,9 +18,11 @@ from .._clip import (
     record,
     transformation,
 )
-from .._devices import AxisName, beside, changed_in_place, of_pair
+from .._devices import AxisName, of_pair
+from .._leaves import is_gradient
 from .._limits import constant
-from .._norms import global_norm, group_norms, is_gradient
+from .._memory import beside, changed_in_place
+from .._norms import global_norm, group_norms
 from .._rescale import OnNonfinite, check_on_nonfinite, clamped, ratio, shrink
 
 

@@ -19,9 +19,11 @@ from .._clip import (
     record,
     transformation,
 )
-from .._devices import AxisName, back, filled_like, of_leaves, on_device
+from .._devices import AxisName, filled_like
+from .._leaves import is_gradient, of_leaves, widen
 from .._limits import constant
-from .._norms import global_norm, is_gradient, widen
+from .._memory import back, on_device
+from .._norms import global_norm
 from .._rescale import OnNonfinite, check_on_nonfinite, clamped, ratio, shrink
 
 

@@ -21,18 +21,11 @@ from .._clip import (
     record,
     transformation,
 )
-from .._devices import (
-    AxisName,
-    any_device,
-    back,
-    on_device,
-    split_again,
-    varying_like,
-    with_whole_matrices,
-)
+from .._devices import AxisName, any_device, split_again, varying_like, with_whole_matrices
+from .._leaves import widen
 from .._limits import constant
 from .._matrices import check_whole_matrices, matrix_norms, powers_near, product
-from .._norms import widen
+from .._memory import back, on_device
 from .._rescale import (
     OnNonfinite,
     Response,

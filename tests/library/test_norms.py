@@ -25,7 +25,7 @@ from gradclip_jax import (
     sign_ball,
     unit_norms,
 )
-from gradclip_jax._norms import spread
+from gradclip_jax._leaves import spread
 
 ROOT_160 = np.float32(np.sqrt(160.0))
 GRADS = {"w": jnp.array([[3.0, 0.0], [4.0, 12.0]]), "b": jnp.array([0.0, 84.0])}
@@ -205,12 +205,12 @@ def test_prefix_specs_must_match_the_tree():
 
 
 def test_eager_calls_share_one_compiled_program():
-    from gradclip_jax._norms import _norms_of_groups
+    from gradclip_jax._reduce import norms_of_groups
 
-    before = _norms_of_groups._cache_size()
+    before = norms_of_groups._cache_size()
     for scale in (1.0, 2.0, 1e30):
         leaf_norms([jnp.full(7, scale), jnp.full((7, 3), scale)])
-    assert _norms_of_groups._cache_size() == before + 1
+    assert norms_of_groups._cache_size() == before + 1
 
 
 def test_eager_updates_share_one_compiled_program_whatever_the_number_of_leaves():
