@@ -121,10 +121,16 @@ class Program(NamedTuple):
         return len(re.findall(r"^\s+(?:ROOT )?%?[\w.\-]+ = ", self.run.as_text(), re.MULTILINE))
 
 
-def compiled(function: Callable[..., Any], *args: Any, donate: Sequence[int] = ()) -> Program:
+def compiled(
+    function: Callable[..., Any],
+    *args: Any,
+    donate: Sequence[int] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Program:
     """Compile a function for arguments like these, in a `jit` that has seen nothing before."""
     start = time.perf_counter()
-    program = jax.jit(lambda *args: function(*args), donate_argnums=donate).lower(*args).compile()
+    lowered = jax.jit(lambda *args: function(*args), donate_argnums=donate).lower(*args)
+    program = lowered.compile(dict(options) if options else None)
     seconds = time.perf_counter() - start
     memory = program.memory_analysis()
     return Program(program, seconds, memory.temp_size_in_bytes if memory else 0)
@@ -257,10 +263,7 @@ def run(
     # A program that is read from a cache takes no time to compile.
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        if args.rounds < 1:
-            raise InputError(f"`--rounds` must be at least 1, got {args.rounds}.")
-        if not args.seconds >= 0:
-            raise InputError(f"`--seconds` must be non-negative, got {args.seconds}.")
+        check_rounds(args)
         file = None if args.out is None else writable(args.out)
         body = measure(args)
     except InputError as error:
@@ -272,15 +275,28 @@ def run(
     section = f"## {heading}\n\n{facts}\n\n{body.strip()}\n"
     print(section, end="")
     if file is not None:
-        new = file.with_suffix(".new")
-        new.write_text(page_with(file.read_text("utf-8"), section), "utf-8")
-        new.replace(file)
+        keep(file, section)
     return 0
 
 
-def writable(directory: Path) -> Path:
+def check_rounds(args: argparse.Namespace) -> None:
+    """Whether `--rounds` and `--seconds` can be meant."""
+    if args.rounds < 1:
+        raise InputError(f"`--rounds` must be at least 1, got {args.rounds}.")
+    if not args.seconds >= 0:
+        raise InputError(f"`--seconds` must be non-negative, got {args.seconds}.")
+
+
+def keep(file: Path, section: str) -> None:
+    """Put a section into a page; whoever stops the program finds the old page or the new one."""
+    new = file.with_suffix(".new")
+    new.write_text(page_with(file.read_text("utf-8"), section), "utf-8")
+    new.replace(file)
+
+
+def writable(directory: Path, prefix: str = "") -> Path:
     """The page of this machine in a directory; finds out before the work is done."""
-    file = directory / f"{slug()}.md"
+    file = directory / f"{prefix}{slug()}.md"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file.open("a").close()

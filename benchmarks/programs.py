@@ -34,14 +34,18 @@ Tree = Any
 
 
 class Program(NamedTuple):
-    """`jax.jit(step, donate_argnums=donate)` takes these arguments.
+    """`jax.jit(step, donate_argnums=donate)` takes parameters, state and inputs.
 
-    A step returns new values of the donated arguments. Integers are tokens below `VOCABULARY`.
+    A step returns new parameters and state, which are donated. Integer inputs are tokens: rows of
+    the leaf `embedding`.
     """
 
     step: Callable[..., Any]
     arguments: tuple[Any, ...]
+    """Abstract ones, `jax.ShapeDtypeStruct`s."""
     donate: tuple[int, ...]
+    init: Callable[[Any], Any]
+    """The state of parameters."""
 
 
 def program(name: str, dtype: str, clip: optax.GradientTransformation | None) -> Program:
@@ -64,7 +68,8 @@ def step_of(
         updates, state = optimizer.update(gradients(params, *inputs), state, params)
         return optax.apply_updates(params, updates), state
 
-    return Program(step, (params, jax.eval_shape(optimizer.init, params), *inputs), (0, 1))
+    state = jax.eval_shape(optimizer.init, params)
+    return Program(step, (params, state, *inputs), (0, 1), optimizer.init)
 
 
 def update(
@@ -95,16 +100,21 @@ def computed_in(dtype: str) -> Any:
 # --- whole steps ---
 
 
-def matmul_step(dtype: str, clip: optax.GradientTransformation | None, rows: int = 1024) -> Program:
+def matmul_step(
+    dtype: str,
+    clip: optax.GradientTransformation | None,
+    rows: int = 1024,
+    inputs: int = 2048,
+    outputs: int = 8192,
+) -> Program:
     """The gradient of one weight matrix, xᵀ dy, and SGD."""
 
     def gradients(params: Any, x: jax.Array, dy: jax.Array) -> Any:
         return {"up": (x.T @ dy).astype(params["up"].dtype)}
 
-    shapes = (rows, 4 * WIDTH), (rows, 16 * WIDTH)
-    inputs = tuple(jax.ShapeDtypeStruct(shape, computed_in(dtype)) for shape in shapes)
-    params = abstract({"up": (4 * WIDTH, 16 * WIDTH)}, dtype)
-    return step_of(gradients, params, inputs, clip, SGD)
+    x = jax.ShapeDtypeStruct((rows, inputs), computed_in(dtype))
+    dy = jax.ShapeDtypeStruct((rows, outputs), computed_in(dtype))
+    return step_of(gradients, abstract({"up": (inputs, outputs)}, dtype), (x, dy), clip, SGD)
 
 
 def language_model(
@@ -183,19 +193,30 @@ def decoder(layers: int, width: int, vocabulary: int, **others: tuple[int, ...])
     return {**ends, **{f"layer_{i}": layer for i in range(layers)}}
 
 
+def lstm_layer(width: int, vocabulary: int) -> Tree:
+    """One LSTM layer between embedding and output."""
+    return {
+        "embedding": (vocabulary, width), "input": (width, 4 * width),
+        "recurrent": (width, 4 * width), "gates_bias": (4 * width,),
+        "output": (width, vocabulary), "output_bias": (vocabulary,),
+    }  # fmt: skip
+
+
 def gpt2(layers: int = 12) -> Tree:
     """GPT-2 (12 layers: 148 leaves, 124 M), its vocabulary padded to a multiple of 128."""
     return decoder(layers, 768, 50_304, positions=(1024, 768))
 
 
-def experts(layers: int = 2, width: int = WIDTH, count: int = 8) -> Tree:
+def experts(
+    layers: int = 2, width: int = WIDTH, count: int = 8, vocabulary: int = VOCABULARY
+) -> Tree:
     """A Transformer with a mixture of experts (2 layers: 22 leaves, 27 M)."""
     layer = {
         "scale_1": (width,), "bias_1": (width,), "qkv": (width, 3 * width), "out": (width, width),
         "scale_2": (width,), "bias_2": (width,), "router": (width, count),
         "up": (count, width, 2 * width), "down": (count, 2 * width, width),
     }  # fmt: skip
-    ends = {"embedding": (VOCABULARY, width), "output": (width, VOCABULARY)}
+    ends = {"embedding": (vocabulary, width), "output": (width, vocabulary)}
     ends |= {"scale": (width,), "bias": (width,)}
     return {**ends, **{f"layer_{i}": layer for i in range(layers)}}
 
@@ -248,10 +269,7 @@ TREES: dict[str, Callable[[], Tree]] = {
     "LLaMA 70B": lambda: llama(80, 8192, 28_672, 1024),
 }
 TRANSFORMER = decoder(2, WIDTH, VOCABULARY, output=(WIDTH, VOCABULARY))
-LSTM = {
-    "embedding": (VOCABULARY, WIDTH), "input": (WIDTH, 4 * WIDTH), "recurrent": (WIDTH, 4 * WIDTH),
-    "gates_bias": (4 * WIDTH,), "output": (WIDTH, VOCABULARY), "output_bias": (VOCABULARY,),
-}  # fmt: skip
+LSTM = lstm_layer(WIDTH, VOCABULARY)
 PROGRAMS: dict[str, Callable[[str, optax.GradientTransformation | None], Program]] = {
     "matmul step": matmul_step,
     "Transformer step": functools.partial(language_model, TRANSFORMER, transformer, 8, 256),
