@@ -308,6 +308,7 @@ MORE_TEXT = """\
 Each cell: none / optax / gradclip_jax. The host's time is that until a call returns; where it is
 near the time of the step, the step waits for the host. The bandwidth is that of the bytes by the
 compiler's count of an update, as a share of what a copy has here: {copy} GB/s, read and written.
+The three programs of an update compile at the same time, those of a step one after the other.
 
 """
 
