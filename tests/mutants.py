@@ -437,8 +437,22 @@ GUARDS = [
     Mutant(
         "the state of the optimizer advances in a skipped step",
         "_guards/skip.py",
-        "return zeros, jax.tree.map(_as_kind, _data(state), kept)",
-        "return zeros, jax.tree.map(_as_kind, move()[1], kept)",
+        "jax.tree.map(_as_kind, state, kept)",
+        "jax.tree.map(_as_kind, move(*data)[1], kept)",
+        ("skips",),
+    ),
+    Mutant(
+        "an accelerator selects the updates of a skipped step",
+        "_guards/skip.py",
+        "jax.lax.select(bad, old, x)",
+        "x",
+        ("skips",),
+    ),
+    Mutant(
+        "the derivative of a skipped step is that of the optimizer",
+        "_guards/skip.py",
+        "move(skipped, *_unread(skipped, read))",
+        "move(*data)",
         ("skips",),
     ),
     Mutant(

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import re
+import sys
 from typing import Any
 
 import chex
@@ -67,10 +69,21 @@ def _standard(standard_promotion):
     """Adam of optax needs it."""
 
 
+@pytest.fixture(params=["branch", "select"])
+def way(request, monkeypatch):
+    """The program of a CPU and that of an accelerator, which runs on CPU, too."""
+    if request.param == "select":
+        module = sys.modules[skip_nonfinite.__module__]
+        choose = lambda *args, default, **others: default(*args)  # noqa: E731
+        monkeypatch.setattr(module, "platform_dependent", choose)
+
+
+both_ways = pytest.mark.usefixtures("way")
 GUARDS = [skip_nonfinite, lambda inner, **kw: skip_spikes(inner, 1e3, **kw)]
 each_guard = pytest.mark.parametrize("guard", GUARDS, ids=["nonfinite", "spikes"])
 
 
+@both_ways
 @each_guard
 def test_what_is_not_finite_moves_nothing_and_leaves_the_state_bit_for_bit(guard):
     optimizer = guard(optax.adamw(1e-2, weight_decay=0.1))
@@ -84,6 +97,7 @@ def test_what_is_not_finite_moves_nothing_and_leaves_the_state_bit_for_bit(guard
         assert int(seen["step_count"]) == 4
 
 
+@both_ways
 @each_guard
 def test_without_a_spike_the_optimizer_is_the_one_within(guard):
     def double(updates, state, params=None):
@@ -99,6 +113,7 @@ def test_without_a_spike_the_optimizer_is_the_one_within(guard):
         chex.assert_trees_all_equal(updates, jax.tree.map(jnp.add, before, after))
 
 
+@both_ways
 def test_one_spike_and_one_nan_in_a_hundred_steps_and_a_restart_between_them(tmp_path):
     scales = 1 / 13 + 0.005 * np.sin(np.arange(100))
     stream = [*(grads(s) for s in scales), grads(1e6 / 13), grads(bad=np.nan), grads(1 / 13)]
@@ -119,6 +134,7 @@ def test_one_spike_and_one_nan_in_a_hundred_steps_and_a_restart_between_them(tmp
     chex.assert_trees_all_equal(run(optimizer, stream[101:], restored)[1], end)
 
 
+@both_ways
 def test_the_guard_gives_up_and_rescales_to_the_limit():
     optimizer = skip_spikes(optax.sgd(1.0), 6.5, max_consecutive=2)
     state, seen = optimizer.init(PARAMS), []
@@ -129,6 +145,7 @@ def test_the_guard_gives_up_and_rescales_to_the_limit():
     assert int(state.skip_count) == 3
 
 
+@both_ways
 def test_after_giving_up_what_is_not_finite_is_zero_and_the_rest_goes_through():
     optimizer = skip_nonfinite(optax.sgd(1.0), max_consecutive=1)
     flags, state = run(optimizer, [grads(bad=np.nan)])
@@ -144,6 +161,7 @@ def test_after_giving_up_what_is_not_finite_is_zero_and_the_rest_goes_through():
     np.testing.assert_allclose(updates["w"], [-0.6, -0.8], rtol=1e-6)
 
 
+@both_ways
 def test_a_new_regime_stops_no_run():
     """With statistics that take in no skipped step, AXLearn never steps again."""
     never_learns = Limit(lambda norm: (), lambda norm, state: (jnp.full_like(norm, 20.0), state))
@@ -171,12 +189,14 @@ def test_a_nan_while_the_limit_still_warms_up_is_skipped():
     assert flags == [1, 0]
 
 
+@both_ways
 def test_a_zero_times_nan_reaches_neither_update_nor_moments():
     """OLMo and levanter skip by a product with 0; `run` asserts that updates are finite."""
     _, state = run(skip_spikes(optax.adam(1e-2), 100.0), [grads(), grads(bad=np.nan), grads()])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.inner_state))
 
 
+@both_ways
 def test_a_loss_may_be_watched_and_goes_on_to_the_optimizer():
     seen = []
 
@@ -218,6 +238,7 @@ def test_functions_among_the_extra_arguments_go_on_too():
     np.testing.assert_array_equal(updates["b"], [-12.0])
 
 
+@both_ways
 def test_a_given_norm_is_not_measured_again_and_goes_on_as_what_is_passed_on():
     known = gradclip_jax.given_norm("grad_norm")
     clip = gradclip_jax.clip_to_limit(1.0, known)
@@ -259,6 +280,7 @@ def test_a_guard_with_a_norm_of_another_order():
     assert float(state.grad_norm) == 12.0
 
 
+@both_ways
 def test_updates_come_in_the_dtype_of_the_optimizer_and_state_keeps_its_type():
     params = {"w": jnp.ones(2, jnp.bfloat16), "n": jnp.arange(2), "none": None}
     optimizer = skip_spikes(gradclip_jax.clip_by_global_norm(1.0), 10.0)
@@ -271,6 +293,7 @@ def test_updates_come_in_the_dtype_of_the_optimizer_and_state_keeps_its_type():
         state = new
 
 
+@both_ways
 @each_guard
 def test_scan_is_the_loop(guard):
     stream = [grads(), grads(bad=np.nan), grads(2e3), grads(), grads(bad=np.inf), grads(0.1)]
@@ -285,6 +308,7 @@ def test_scan_is_the_loop(guard):
     chex.assert_trees_all_close(scanned, run(optimizer, stream)[1], rtol=1e-6)
 
 
+@both_ways
 def test_around_multi_steps_a_bad_micro_step_has_never_been():
     """Within it `optax.MultiSteps` keeps the NaN in its sum for ever."""
     multi = optax.MultiSteps(optax.sgd(1.0), 2)
@@ -297,6 +321,7 @@ def test_around_multi_steps_a_bad_micro_step_has_never_been():
     assert int(metrics(state)["skip_count"]) == 1
 
 
+@both_ways
 def test_within_multi_steps_the_mean_is_judged():
     optimizer = optax.MultiSteps(skip_spikes(optax.sgd(1.0), 20.0), 2)
     state = optimizer.init(PARAMS)
@@ -319,6 +344,7 @@ def test_hyperparameters_may_be_injected_within_and_around():
     assert not isinstance(defaults, int)
 
 
+@both_ways
 def test_in_an_nnx_optimizer():
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     chain = optax.chain(gradclip_jax.clip_by_global_norm(1.0), optax.sgd(1e-3))
@@ -337,6 +363,7 @@ def test_in_an_nnx_optimizer():
     assert float(seen["clip_limit"]) == 1.0
 
 
+@both_ways
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("value", [None, "loss"])
 def test_all_devices_skip_what_one_of_them_met(check_vma, value, mesh):
@@ -361,6 +388,7 @@ def test_all_devices_skip_what_one_of_them_met(check_vma, value, mesh):
     assert np.all(np.asarray(run_on(jnp.ones(8))[0]) != 0)
 
 
+@both_ways
 def test_under_pmap_with_a_collective_in_the_optimizer():
     inner = optax.chain(gradclip_jax.clip_by_global_norm(1.0, axis_name="i"), optax.adam(1e-2))
     optimizer = skip_spikes(inner, 100.0, axis_name="i", max_consecutive=1)
@@ -381,6 +409,7 @@ def test_under_pmap_with_a_collective_in_the_optimizer():
     assert float(updates[0, 0]) != 0
 
 
+@both_ways
 def test_sharded_under_jit(mesh):
     sharding = NamedSharding(mesh, P("data"))
     x = jax.device_put(jnp.ones(16), sharding)
@@ -392,6 +421,7 @@ def test_sharded_under_jit(mesh):
     assert np.all(np.asarray(updates) != 0)
 
 
+@both_ways
 def test_gradients_in_the_memory_of_the_host_stay_there():
     host = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
     params = {"host": jax.device_put(jnp.ones(4), host), "device": jnp.ones(2)}
@@ -405,14 +435,17 @@ def test_gradients_in_the_memory_of_the_host_stay_there():
     assert int(state.skip_count) == 1
 
 
-def test_what_is_no_gradient_passes_through():
+@both_ways
+@each_guard
+def test_what_is_no_gradient_passes_through(guard):
     params = {"key": jax.random.key(0), "none": np.zeros(2, jax.dtypes.float0), "w": jnp.ones(2)}
-    optimizer = skip_nonfinite(gradclip_jax.clip_by_global_norm(1.0))
+    optimizer = guard(gradclip_jax.clip_by_global_norm(1.0))
     updates, _ = optimizer.update({**params, "w": params["w"] * jnp.nan}, optimizer.init(params))
     assert updates["key"].dtype == params["key"].dtype
     np.testing.assert_array_equal(updates["w"], [0.0, 0.0])
 
 
+@both_ways
 def test_donated_and_abstract():
     optimizer = skip_spikes(optax.adam(1e-2), deviations(6.0))
     state = optimizer.init(PARAMS)
@@ -477,6 +510,7 @@ def test_optimizers_are_most_of_those_of_optax():
     assert {"adam", "lion", "muon", "adafactor", "lamb", "schedule_free_adamw"} <= set(OPTIMIZERS)
 
 
+@both_ways
 def test_a_skipped_step_widens_the_state_as_any_other_and_keeps_its_numbers():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
     optimizer = skip_nonfinite(optax.sgd(0.1, momentum=0.9))
@@ -490,6 +524,80 @@ def test_a_skipped_step_widens_the_state_as_any_other_and_keeps_its_numbers():
     np.testing.assert_array_equal(trace, [12.0])
 
 
+@both_ways
+def test_a_skipped_step_keeps_keys_flags_and_numbers_of_any_dtype():
+    def init(params):
+        numbers = {"int8": jnp.int8(1), "float": 1.5, "complex": jnp.complex64(2j)}
+        return {"key": jax.random.key(0), "flag": jnp.array(True), **numbers}
+
+    def update(updates, state, params=None):
+        key, flag, numbers = state["key"], state["flag"], {**state}
+        del numbers["key"], numbers["flag"]
+        numbers = jax.tree.map(lambda x: x * 2, numbers)
+        return updates, {"key": jax.random.split(key)[1], "flag": ~flag, **numbers}
+
+    optimizer = skip_nonfinite(optax.GradientTransformation(init, update))
+    state = optimizer.init(PARAMS)
+    for step in (optimizer.update, jax.jit(optimizer.update)):
+        _, moved = step(grads(), state)
+        _, kept = step(grads(bad=np.nan), moved)
+        chex.assert_trees_all_equal(kept.inner_state, moved.inner_state)
+        assert bool(moved.inner_state["flag"]) != bool(state.inner_state["flag"])
+        state = moved
+
+
+@both_ways
+def test_a_skipped_step_has_a_derivative():
+    """The root of a second moment of zero has none: backwards it would be 0 * inf."""
+
+    def loss(state, params):
+        updates, new = optimizer.update(grads(bad=np.nan), state, params)
+        return sum(map(jnp.sum, jax.tree.leaves((updates, new.inner_state[0].nu))))
+
+    optimizer = skip_nonfinite(optax.adamw(1e-2))
+    of_state, of_params = jax.grad(loss, argnums=(0, 1), allow_int=True)(
+        optimizer.init(PARAMS), PARAMS
+    )
+    chex.assert_trees_all_equal(of_state.inner_state[0].nu, jax.tree.map(jnp.ones_like, PARAMS))
+    chex.assert_trees_all_equal(of_params, jax.tree.map(jnp.zeros_like, PARAMS))
+
+
+@both_ways
+def test_a_spike_is_skipped_under_debug_nans():
+    """Of gradients that are zero some optimizers make 0 / 0; what came of it is not selected."""
+    normalized = optax.stateless(
+        lambda updates, params: jax.tree.map(lambda x: x / optax.tree.norm(updates), updates)
+    )
+    optimizer = skip_spikes(optax.chain(normalized, optax.adam(1e-2)), 1.0)
+    state = optimizer.init(PARAMS)
+    with jax.debug_nans(True):
+        for step in (optimizer.update, jax.jit(optimizer.update)):
+            _, new = step(grads(), state, PARAMS)
+            assert int(new.skip_count) == 1
+
+
+@pytest.mark.parametrize(
+    ("platform", "guard", "branches"),
+    [
+        ("cpu", skip_nonfinite, 1),
+        ("tpu", skip_nonfinite, 0),
+        ("cuda", skip_nonfinite, 0),
+        ("rocm", skip_nonfinite, 0),
+        ("cpu", GUARDS[1], 2),
+    ],
+)
+def test_an_accelerator_has_no_branch_around_the_optimizer(platform, guard, branches):
+    def plain_norm(tree, axis_name=None):
+        return optax.tree.norm(tree)
+
+    optimizer = guard(optax.adamw(1e-2), measure=plain_norm)
+    traced = jax.jit(optimizer.update).trace(PARAMS, optimizer.init(PARAMS), PARAMS)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    # The choice of a platform is a case, too, but of a number that is known.
+    on_a_flag = r'\(tensor<i1>\) -> tensor<i32>\s+%\S+ = "stablehlo\.case"'
+    assert len(re.findall(on_a_flag, text)) == branches
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Layer:
@@ -501,6 +609,7 @@ class Layer:
     size: Any = "small"
 
 
+@both_ways
 @each_guard
 @pytest.mark.parametrize("compiled", [True, False])
 def test_functions_and_strings_in_a_model_pass_a_guard(guard, compiled):
@@ -525,6 +634,7 @@ def has_dtype(x):
     return isinstance(x, jax.Array)
 
 
+@both_ways
 def test_functions_and_strings_may_be_in_the_state_of_the_optimizer():
     inner = optax.GradientTransformation(
         lambda params: {"activation": jax.nn.relu, "count": jnp.zeros(())},
@@ -548,10 +658,9 @@ def test_eagerly_a_guard_is_traced_once():
     optimizer = skip_nonfinite(optax.GradientTransformation(lambda params: (), inner_update))
     state = optimizer.init(PARAMS)
     _, state = optimizer.update(grads(), state, PARAMS)
-    first = len(traced)
     for _ in range(3):
         _, state = optimizer.update(grads(), state, PARAMS)
-    assert len(traced) == first
+    assert len(traced) == 1
 
 
 def test_the_updates_are_all_the_memory_that_a_guard_needs():
@@ -578,6 +687,7 @@ def test_float64(x64):
     chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
 
 
+@both_ways
 def test_many_runs_at_once():
     optimizer = skip_nonfinite(optax.sgd(1.0))
     trees = jnp.array([[1.0, 2.0], [jnp.nan, 2.0]])
