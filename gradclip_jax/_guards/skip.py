@@ -291,8 +291,16 @@ def _finite_norm(
     updates: Any, norm: jax.Array, again: jax.Array, *, measure: Callable[[Any], jax.Array]
 ) -> jax.Array:
     """The norm, measured again without what is not finite where that is asked for."""
-    # The flag comes from the norm of all devices: each takes the branch, and its collective.
-    return jax.lax.cond(again, lambda: measure(finite_part(updates)), lambda: norm)
+
+    def by_branch() -> jax.Array:
+        # The flag comes from the norm of all devices: each takes the branch, and its collective.
+        return jax.lax.cond(again, lambda: measure(finite_part(updates)), lambda: norm)
+
+    def by_select() -> jax.Array:
+        return jnp.where(again, measure(finite_part(updates)), norm)
+
+    # A GPU would wait for the host at that branch; both norms come of one read there.
+    return platform_dependent(cpu=by_branch, tpu=by_branch, default=by_select)
 
 
 def _unless(inner: optax.GradientTransformationExtraArgs) -> Callable[..., tuple[Any, Any]]:
