@@ -13,9 +13,10 @@ import optax
 from ._checks import accepts, takes
 from ._devices import AxisName, any_device, check_averaged, filled_like, manual_axes, varying_like
 from ._export import exportable
-from ._leaves import GroupNorms, in_rows, is_gradient, norm_dtype, spread
-from ._limits import Limit, as_limit, observe
+from ._leaves import GroupNorms, in_rows, is_gradient, norm_dtype, out_of_rows, spread
+from ._limits import Limit, as_limit, observe, observe_each
 from ._norms import global_norm
+from ._reduce import unshared
 from ._rescale import (
     OnNonfinite,
     Response,
@@ -133,12 +134,9 @@ def clip_to_limit(
         check_trees(updates, params)
         norms = in_update(measure, extra_args)(updates, axis_name=axis_name)
         check_norms(norms, state)
-        observed = [
-            observe(limit, norm, limit_state)
-            for norm, limit_state in zip(jax.tree.leaves(norms), state.limit_state, strict=True)
-        ]
-        limits, limit_states = zip(*observed, strict=True) if observed else ((), ())
-        return hold(updates, norms, limits, state, limit_states, response, on_nonfinite, axis_name)
+        limits, limit_states = observe_each(limit, jax.tree.leaves(norms), state.limit_state)
+        limit_state = tuple(limit_states)
+        return hold(updates, norms, limits, state, limit_state, response, on_nonfinite, axis_name)
 
     return transformation(init, update, memory)
 
@@ -371,22 +369,29 @@ def hold(
 def _held(leaves, norms, limits, *, index, response, on_nonfinite):
     """Held leaves, the limit and factor of each norm, and whether any was clipped or not finite."""
     limits = [varying_like(limit, norm) for limit, norm in zip(limits, norms, strict=True)]
-    finite = [jnp.isfinite(norm) for norm in norms]
-    nonfinite_factor = jnp.nan if on_nonfinite == "propagate" else 0.0
-    first, second = [], []
-    for norm, limit, is_finite in zip(norms, limits, finite, strict=True):
-        # Zero times the derivative of a response at NaN would be NaN.
-        factor, power = factors(jnp.where(is_finite, norm, 0), limit, response)
-        first.append(jnp.where(is_finite, factor, nonfinite_factor).astype(norm.dtype))
-        second.append(power)
-    of_leaf = [[parts[i] for i in index] for parts in (first, second, finite)]
     of_norm = [jnp.broadcast_to(limit, n.shape) for n, limit in zip(norms, limits, strict=True)]
-    rows = list(zip(in_rows(norms), in_rows(of_norm), strict=True))
+    # Else XLA copies each constant limit to the state by a kernel of its own.
+    limit_rows, norm_rows = unshared(in_rows(of_norm)), in_rows(norms)
+    rows = list(zip(norm_rows, limit_rows, strict=True))
     clipped = _any([jnp.any(jnp.isfinite(norm) & (norm > limit)) for norm, limit in rows])
-    flags = jnp.stack([clipped, _any([jnp.any(~jnp.isfinite(norm)) for norm, _ in rows])])
-    whole = [one * power for one, power in zip(first, second, strict=True)]
-    leaves = rescale(leaves, *of_leaf, on_nonfinite=on_nonfinite)
+    flags = jnp.stack([clipped, _any([jnp.any(~jnp.isfinite(norm)) for norm in norm_rows])])
+    fill = jnp.nan if on_nonfinite == "propagate" else 0.0
+    found = [_factors(norm, limit, response, fill) for norm, limit in rows]
+    first, second, whole = ([of_row[part] for of_row in found] for part in range(3))
+    first, second, whole, limits = (
+        out_of_rows(of_rows, norms) for of_rows in (first, second, whole, limit_rows)
+    )
+    leaves = rescale(leaves, [first[i] for i in index], [second[i] for i in index])
     return leaves, limits, whole, flags
+
+
+def _factors(norm, limit, response, fill):
+    """The two factors of a norm and their product: `fill` where the norm is not finite."""
+    finite = jnp.isfinite(norm)
+    # Zero times the derivative of a response at NaN would be NaN.
+    factor, power = factors(jnp.where(finite, norm, 0), limit, response)
+    first = jnp.where(finite, factor, fill).astype(norm.dtype)
+    return first, power, first * power
 
 
 def record(
@@ -400,15 +405,42 @@ def record(
     limit_state: Any,
 ) -> ClipState:
     """The next state, its counters advanced by two flags."""
+    *seen, limit_state = overwritten(
+        (state.grad_norm, state.clip_limit, state.clip_factor, state.limit_state),
+        (grad_norm, clip_limit, clip_factor, limit_state),
+    )
     return ClipState(
-        grad_norm=grad_norm,
-        clip_limit=clip_limit,
-        clip_factor=clip_factor,
+        *seen,
         clip_count=counted(state.clip_count, clipped),
         nonfinite_count=counted(state.nonfinite_count, nonfinite),
         step_count=counted(state.step_count, True),
         limit_state=limit_state,
     )
+
+
+@functools.partial(jax.jit, inline=True)
+def overwritten(old: Any, new: Any) -> Any:
+    """`new`, in a program that reads `old`.
+
+    `jit` drops an argument that it does not read, and then its buffer is not donated: each step
+    has scalars at new addresses, and a GPU captures all kernels of the step anew for them.
+    """
+
+    def over(old: Any, new: jax.Array) -> jax.Array:
+        known = jnp.asarray(old)
+        return _either(known, new) if jax.typeof(known) == jax.typeof(new) else new
+
+    return jax.tree.map(over, old, new)
+
+
+@jax.custom_jvp
+def _either(old: jax.Array, new: jax.Array) -> jax.Array:
+    return jnp.where(old == new, old, new)
+
+
+@_either.defjvp
+def _of_the_new(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _either(*primals), tangents[1]
 
 
 def _check_measure(measure: Measure) -> None:

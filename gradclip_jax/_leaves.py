@@ -93,15 +93,34 @@ def widen(x: jax.Array) -> jax.Array:
     return x if jnp.finfo(x.dtype).bits > jnp.finfo(wide).bits else x.astype(wide)
 
 
-def in_rows(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Scalars as short vectors, then the other arrays: for what is computed of all of them.
+def scalar_rows(arrays: Sequence[jax.Array]) -> list[list[int]]:
+    """Positions of single numbers of one type, some in each row, which is computed together.
 
     One kernel that reads 500 norms and limits took XLA 140 s to compile.
     """
-    scalars = [array for array in arrays if not array.ndim]
-    rows = [scalars[i : i + _ROW] for i in range(0, len(scalars), _ROW)]
+    of_type: dict[Any, list[int]] = {}
+    for i, array in enumerate(arrays):
+        if jnp.size(array) == 1:
+            of_type.setdefault(jax.typeof(array), []).append(i)
+    return [of[i : i + _ROW] for of in of_type.values() for i in range(0, len(of), _ROW)]
+
+
+def in_rows(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Single numbers as short vectors, then the other arrays: for what is computed of all."""
+    rows = [[arrays[i] for i in row] for row in scalar_rows(arrays)]
     stacked = [jnp.stack(row) if len(row) > 1 else row[0] for row in rows]
-    return stacked + [array for array in arrays if array.ndim]
+    return stacked + [array for array in arrays if jnp.size(array) != 1]
+
+
+def out_of_rows(rows: Sequence[jax.Array], like: Sequence[jax.Array]) -> list[jax.Array]:
+    """What became of each of `like` in its row of `in_rows(like)`."""
+    of_rows = scalar_rows(like)
+    others = iter(rows[len(of_rows) :])
+    result = [array if jnp.size(array) == 1 else next(others) for array in like]
+    for row, positions in zip(rows, of_rows, strict=False):
+        for i, entry in zip(positions, row if len(positions) > 1 else [row], strict=True):
+            result[i] = entry
+    return result
 
 
 def of_leaves(

@@ -23,11 +23,13 @@ from ._devices import (
     whole_shape,
 )
 from ._leaves import GroupNorms, is_gradient, leaf_labels, path_name
-from ._reduce import Along, norms_of_groups, with_finite_derivative
+from ._reduce import MeshAxes, Plan, norms_of_groups, with_finite_derivative
 from ._safe import SafeRange, norm_of_sum, sum_of_squares
 
 Axes = int | tuple[int, ...] | Callable[[str, Any], int | tuple[int, ...] | None] | None
 """Axes that one unit spans: see `unit_norms`."""
+
+_FUSED = 16  # small leaves of one shape that one kernel reads
 
 
 def global_norm(tree: Any, *, order: float = 2, axis_name: AxisName = None) -> jax.Array:
@@ -222,22 +224,16 @@ def _measure(
 ) -> list[jax.Array]:
     """Norms of groups of leaves; with `dims`, of each leaf over these axes, which are kept."""
     order = check_order(order)
-    all_dims = (None,) * len(measured.leaves) if dims is None else dims
+    axes = (None,) * len(measured.leaves) if dims is None else dims
     checked = types_tell()
-    along = tuple(
-        Along(reduced_axes(path, leaf, given, over, checked), tuple(sorted(varying_axes(leaf))))
-        for path, leaf, given, over in zip(
-            measured.paths, measured.leaves, measured.given, all_dims, strict=True
-        )
+    of_leaf = zip(measured.paths, measured.leaves, measured.given, axes, strict=True)
+    mesh_axes = tuple(
+        MeshAxes(reduced_axes(path, leaf, given, over, checked), tuple(sorted(varying_axes(leaf))))
+        for path, leaf, given, over in of_leaf
     )
-    return norms_of_groups(
-        measured.leaves,
-        dims=all_dims,
-        along=along,
-        groups=groups,
-        order=order,
-        together=dims is None and unsplit(measured.leaves),
-    )
+    fused = _FUSED if dims is None and unsplit(measured.leaves) else 1
+    plan = Plan(measured.leaves, axes, mesh_axes, groups, fused)
+    return norms_of_groups(plan, order=order)
 
 
 def norms_of_examples(x: jax.Array) -> jax.Array:
@@ -249,7 +245,7 @@ def norms_of_examples(x: jax.Array) -> jax.Array:
 
     def norms(leaves):
         (x,) = leaves
-        squares = functools.partial(sum_of_squares, dims=tuple(range(1, x.ndim)))
+        squares = functools.partial(sum_of_squares, axes=tuple(range(1, x.ndim)))
         plain = squares(x)
         scale = SafeRange(plain.dtype).scale(plain, math.prod(x.shape[1:]))
         return norm_of_sum(squares(x, scale), scale).ravel()

@@ -1,64 +1,224 @@
 """Reduce leaves to groups and over devices: the only reduction and the only collective."""
 
+import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._devices import partly_manual
-from ._leaves import in_rows, norm_dtype
-from ._memory import beside, changed_in_place, reduced_in_place
+from ._devices import axis_size, partly_manual
+from ._leaves import in_rows, norm_dtype, out_of_rows
+from ._memory import beside, changed_in_place, in_host_memory, reduced_in_place
 from ._safe import (
+    Axes,
     SafeRange,
     inverse_power_of_two,
     largest_modulus,
+    largest_modulus_on_cpu,
     norm_of_bins,
     norm_of_sum,
     safe_power,
     sum_of_moduli,
     sum_of_powers,
     sum_of_squares,
+    sums_of,
+    three_sums_of_squares,
 )
 
 _SMALL = 2**14  # elements of a leaf
-_TOGETHER = 16  # small leaves of one shape that one kernel reads
+_ROW = 64  # elements of a last axis that a kernel may reduce alone
+_FUSED_ON_GPU = 64  # small leaves of one shape that one kernel reads
+
+Kernel = Callable[..., Any]
+"""`(leaf or leaves, *numbers, axes) -> an array, or a tuple of arrays`: see `_safe`."""
 
 
-class _Cell(NamedTuple):
-    """The leaves of one group that are split alike and reduced over the same mesh axes."""
-
-    group: int
-    along: "Along"
-    members: tuple[int, ...]
-
-
-class Along(NamedTuple):
+class MeshAxes(NamedTuple):
     """Mesh axes to reduce over, and all along which the type says that a leaf varies."""
 
-    axes: tuple[str, ...]
+    reduced: tuple[str, ...]
     varying: tuple[str, ...]
 
 
+class Shard(NamedTuple):
+    """The leaves of one group that are split alike and reduced over the same mesh axes."""
+
+    group: int
+    mesh_axes: MeshAxes
+    members: tuple[int, ...]
+
+
+_static: Any = functools.partial(dataclasses.field, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which leaves are reduced together: over which of their axes, and over which mesh axes.
+
+    Attributes:
+      leaves: Arrays, the only data; all else is static.
+      axes: Of each leaf the axes to reduce, which are kept with size one; None: all, not kept.
+      mesh_axes: Of each leaf.
+      groups: Of each group the positions of its leaves.
+      fused: How many small leaves of one shape one kernel may read.
+      barrier: Whether the reduction shares nothing with what else is computed of the leaves.
+    """
+
+    leaves: list[jax.Array]
+    axes: tuple[tuple[int, ...] | None, ...] = _static()
+    mesh_axes: tuple[MeshAxes, ...] = _static()
+    groups: tuple[tuple[int, ...], ...] = _static()
+    fused: int = _static(default=1)
+    barrier: bool = _static(default=False)
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The parts that take one number each: a group, or what differs within it in mesh axes."""
+        return [
+            Shard(group, split, tuple(i for i in members if self.mesh_axes[i] == split))
+            for group, members in enumerate(self.groups)
+            for split in sorted({self.mesh_axes[i] for i in members}) or [MeshAxes((), ())]
+        ]
+
+    def size(self, shard: Shard) -> int:
+        """Number of elements of a shard on all devices."""
+        here = sum(self.leaves[i].size for i in shard.members)
+        return here * axis_size(shard.mesh_axes.reduced)
+
+    def sum(self, kernel: Kernel, numbers: Sequence[Any] | None = None) -> list[jax.Array]:
+        """The sum over leaves and devices for each group; `numbers` has those of each group."""
+        of_shards = functools.partial(self.on_this_device, kernel, numbers=numbers)
+        return self.over_devices(of_shards, jax.lax.psum, jnp.add)
+
+    def max(self, kernel: Kernel) -> list[jax.Array]:
+        """The maximum over leaves and devices for each group."""
+        of_shards = functools.partial(self.on_this_device, kernel, join=jnp.maximum)
+        return self.over_devices(of_shards, jax.lax.pmax, jnp.maximum)
+
+    def on_this_device(
+        self,
+        kernel: Kernel,
+        shards: Sequence[Shard],
+        numbers: Sequence[Any] | None = None,
+        join: Any = jnp.add,
+        empty: Any = 0.0,
+    ) -> list[Any]:
+        """The result of a kernel for each shard, joined over its leaves: `empty` if it has none."""
+        empty = jax.tree.map(lambda number: jnp.asarray(number, norm_dtype()), empty)
+        reduced = []
+        for shard in shards:
+            number = () if numbers is None else numbers[shard.group]
+            parts = [
+                self._batch(kernel, batch, number, self.axes[batch[0]])
+                for batch in self._batches(shard.members)
+            ]
+            # Else XLA adds arrays of one shape and keeps their sum, to reduce that.
+            parts = self._apart(parts) if len(parts) > 1 else parts
+            joined = functools.reduce(functools.partial(jax.tree.map, join), parts or [empty])
+            reduced.append(joined)
+        return reduced
+
+    def by_rows(self, kernel: Kernel, shard: Shard) -> Any:
+        """The same sums for one shard of whole leaves, in fewer kernels of a GPU.
+
+        Each large leaf alone takes two kernels; here the second one sums the rows of all.
+        """
+        batches = self._batches(shard.members)
+        if len(batches) < 2:
+            return self.on_this_device(kernel, [shard], empty=(0.0,) * 3)[0]
+        parts = []
+        for batch in batches:
+            leaf = self.leaves[batch[0]]
+            is_large = leaf.size > _SMALL and leaf.ndim > 1 and leaf.shape[-1] >= _ROW
+            axes = (leaf.ndim - 1,) if is_large else None
+            parts.append(jax.tree.map(jnp.ravel, self._batch(kernel, batch, (), axes)))
+        joined = jax.tree.map(lambda *of_parts: jnp.concatenate(of_parts), *parts)
+        return sums_of(unshared(joined))
+
+    def over_devices(
+        self, of_shards: Callable[[list[Shard]], list[Any]], collective: Any, join: Any
+    ) -> list[Any]:
+        """What `of_shards` makes, for each group, by one collective for each set of mesh axes."""
+        joined: list[Any] = [None] * len(self.groups)
+        shards = self.shards
+        for split in dict.fromkeys(shard.mesh_axes for shard in shards):
+            here = [shard for shard in shards if shard.mesh_axes == split]
+            totals = of_shards(here)
+            if split.reduced:
+                totals = _at_once(functools.partial(collective, axis_name=split.reduced), totals)
+            for shard, total in zip(here, totals, strict=True):
+                known = joined[shard.group]
+                joined[shard.group] = total if known is None else jax.tree.map(join, known, total)
+        return joined
+
+    def _batch(
+        self, kernel: Kernel, batch: list[int], numbers: Sequence[jax.Array], axes: Axes
+    ) -> Any:
+        first, *others = batch
+        of_these = functools.partial(kernel, axes=axes)
+        if others:
+            return of_these(*self._apart(([self.leaves[i] for i in batch], *numbers)))
+        return reduced_in_place(of_these, *self._apart((self.leaves[first], *numbers)))
+
+    def _batches(self, members: Sequence[int]) -> list[list[int]]:
+        """Parts of `members` that one kernel reduces: single ones, or small leaves of one type."""
+        batches: list[list[int]] = []
+        last: dict[Any, list[int]] = {}
+        for i in members:
+            kind = jax.typeof(self.leaves[i])
+            known = last.get(kind)
+            if known is None or len(known) == self.fused or kind.size > _SMALL:
+                known = last[kind] = []
+                batches.append(known)
+            known.append(i)
+        return batches
+
+    def _apart(self, x: Any) -> Any:
+        return unshared(x) if self.barrier else x
+
+
 # Called eagerly this is one cached program for each tree structure; inside a trace it inlines.
-@functools.partial(
-    jax.jit, static_argnames=("dims", "along", "groups", "order", "together"), inline=True
-)
-def norms_of_groups(leaves, **options):
-    measure = functools.partial(_norms_of_cells, **options)
-    # In such a rule jax (0.10 to 0.12) cannot transpose a branch that `vmap` has mapped, nor 0.12 a
-    # barrier of which some operands are constant.
-    return with_finite_derivative(measure, functools.partial(measure, branch=False), leaves)
+@functools.partial(jax.jit, static_argnames="order", inline=True)
+def norms_of_groups(plan: Plan, *, order: float) -> list[jax.Array]:
+    """The norm of each group of a plan, by the way that is fastest on the platform."""
+
+    def measure(leaves):
+        here = dataclasses.replace(plan, leaves=leaves)
+        shared = dataclasses.replace(here, barrier=True)
+        if order != 2:
+            return jax.lax.platform_dependent(
+                cpu=lambda: _norms(shared, order, largest_modulus_on_cpu),
+                default=lambda: _norms(here, order),
+            )
+        if any(in_host_memory(leaf) for leaf in leaves):
+            return by_branch(shared)
+        ways = {"cpu": lambda: by_branch(shared), "tpu": lambda: by_branch(here)}
+        if all(over is None for over in plan.axes):
+            ways["default"] = lambda: in_one_read(here)
+        else:
+            ways |= dict.fromkeys(("cuda", "rocm"), functools.partial(in_float64, here))
+            ways["default"] = lambda: in_two_reads(here)
+        return jax.lax.platform_dependent(**ways)
+
+    def differentiable(leaves):
+        here = dataclasses.replace(plan, leaves=leaves)
+        return in_two_reads(here) if order == 2 else _norms(here, order)
+
+    return with_finite_derivative(measure, differentiable, plan.leaves)
 
 
-def with_finite_derivative(measure, differentiable, leaves):
+def with_finite_derivative(measure: Any, differentiable: Any, leaves: Sequence[jax.Array]) -> Any:
     """`measure(leaves)`, with the derivative of `differentiable` without what is not finite.
 
     An update that is zeroed for a NaN passes a zero back to its norm, and zero times the NaN in
     the derivative of a square would be NaN. Only a program that differentiates computes more.
+    `differentiable` has neither a branch nor a barrier: in such a rule jax (0.10 to 0.12) cannot
+    transpose a branch that `vmap` has mapped, nor 0.12 a barrier with some constant operands.
     """
 
     def finite_part(x):
@@ -74,36 +234,15 @@ def with_finite_derivative(measure, differentiable, leaves):
     return measured(leaves)
 
 
-def _norms_of_cells(leaves, *, dims, along, groups, order, together, branch=True):
-    cells = [
-        _Cell(group, split, tuple(i for i in members if along[i] == split))
-        for group, members in enumerate(groups)
-        for split in sorted({along[i] for i in members}) or [Along((), ())]
-    ]
-    over_leaves = functools.partial(_over_leaves, leaves, dims, barrier=branch)
-    over_devices = functools.partial(_over_devices, cells, len(groups))
-    if order == 1:
-        moduli = functools.partial(over_leaves, sum_of_moduli)
-        return over_devices(moduli, jax.lax.psum, jnp.add)
-    if order == 2:
-        squares = functools.partial(over_leaves, sum_of_squares, together=together)
-        sizes = [leaf.size for leaf in leaves]
-        if len(cells) == len(groups) and not any(cell.along.axes for cell in cells):
-            return [norm_of_sum(*of_cell) for of_cell in _exact_sums(squares, cells, sizes, branch)]
-        binned = functools.partial(_bins, squares, sizes=sizes, branch=branch)
-        bins = over_devices(binned, jax.lax.psum, jnp.add)
-        return [norm_of_bins(of_group) for of_group in bins]
-    largest = functools.partial(over_leaves, largest_modulus, join=jnp.maximum)
-    norms = over_devices(largest, jax.lax.pmax, jnp.maximum)
-    if order == math.inf:
-        return norms
+def _norms(plan: Plan, order: float, largest: Kernel = largest_modulus) -> list[jax.Array]:
+    match order:
+        case 1:
+            return plan.sum(sum_of_moduli)
+        case math.inf:
+            return plan.max(largest)
+    norms = plan.max(largest)
     scales = [inverse_power_of_two(jax.lax.stop_gradient(norm)) for norm in norms]
-    powers = functools.partial(over_leaves, functools.partial(sum_of_powers, order=order))
-    sums = over_devices(
-        lambda here: powers(here, numbers=[scales[cell.group] for cell in here]),
-        jax.lax.psum,
-        jnp.add,
-    )
+    sums = plan.sum(functools.partial(sum_of_powers, order=order), scales)
     roots = [safe_power(total, 1 / order) for total in sums]
     # Not `root / first / second`: XLA makes that `root / (first * second)`, which overflows.
     return [
@@ -112,97 +251,107 @@ def _norms_of_cells(leaves, *, dims, along, groups, order, together, branch=True
     ]
 
 
-def _over_leaves(
-    leaves, dims, of_leaf, cells, *, numbers=None, join=jnp.add, together=False, barrier=True
-):
-    """One array for each cell: reduced over the elements of a leaf, then over its leaves."""
-    keep = apart if barrier else lambda x: x
-    reduced = []
-    for position, cell in enumerate(cells):
-        number = () if numbers is None else numbers[position]
-        parts = []
-        for first, *others in _alike(leaves, cell.members, together):
-            of_these = functools.partial(of_leaf, dims=dims[first])
-            if others:
-                alike = [leaves[first], *(leaves[i] for i in others)]
-                parts.append(of_these(*keep((alike, *number))))
-            else:
-                parts.append(reduced_in_place(of_these, *keep((leaves[first], *number))))
-        # Else XLA adds arrays of one shape and keeps their sum, to reduce that.
-        parts = keep(parts) if len(parts) > 1 else parts
-        reduced.append(functools.reduce(join, parts) if parts else jnp.zeros((), norm_dtype()))
-    return reduced
+def by_branch(plan: Plan, branch: bool = True) -> list[jax.Array]:
+    """Norms of order 2 by a plain sum, and a second read only where that is not safe."""
+    if not any(split.reduced for split in plan.mesh_axes) and len(plan.shards) == len(plan.groups):
+        return [norm_of_sum(*of_group) for of_group in _exact_sums(plan, plan.shards, branch)]
+    bins = plan.over_devices(functools.partial(_bins, plan, branch=branch), jax.lax.psum, jnp.add)
+    return [norm_of_bins(of_group) for of_group in bins]
 
 
-def _alike(leaves: Sequence[jax.Array], members: Sequence[int], together: bool) -> list[list[int]]:
-    """Parts of `members` that one kernel reduces: single ones, or small leaves of one type."""
-    parts: list[list[int]] = []
-    last: dict[Any, list[int]] = {}
-    for i in members:
-        kind = jax.typeof(leaves[i])
-        known = last.get(kind)
-        if known is None or len(known) == _TOGETHER or kind.size > _SMALL or not together:
-            known = last[kind] = []
-            parts.append(known)
-        known.append(i)
-    return parts
+in_two_reads = functools.partial(by_branch, branch=False)
 
 
-def apart(x):
-    """`x`, but what is computed of it is shared with nothing else that is computed of the same.
+def in_float64(plan: Plan) -> list[jax.Array]:
+    """Norms of order 2 by one sum in float64, in which no square of a float32 is lost.
+
+    For norms of units: XLA would keep the operands of three sums over the first axes of a leaf.
+    """
+    dtype = norm_dtype()
+    if dtype != jnp.float32:
+        return in_two_reads(plan)
+    with jax.enable_x64(True):
+        sums = plan.sum(sum_of_squares)
+        roots = [safe_power(row, 0.5) for row in in_rows(sums)]
+        return out_of_rows([jax.lax.convert_element_type(row, dtype) for row in roots], sums)
+
+
+def in_one_read(plan: Plan) -> list[jax.Array]:
+    """Norms of order 2 by three sums in one read, of which one is exact.
+
+    At a branch a GPU may wait for the host, and at one with a collective it always does.
+    """
+    sizes = [0] * len(plan.groups)
+    for shard in plan.shards:
+        sizes[shard.group] += plan.size(shard)
+    of_shards = functools.partial(_three_sums, plan)
+    sums = plan.over_devices(of_shards, jax.lax.psum, jnp.add)
+    plain, up, down = zip(*sums, strict=True) if sums else ((), (), ())
+    counts = [jnp.full_like(of, size) for of, size in zip(plain, sizes, strict=True)]
+    rows = zip(*map(in_rows, (plain, up, down, counts)), strict=True)
+    return out_of_rows([_norm_of_three(*row) for row in rows], plain)
+
+
+def _three_sums(plan: Plan, shards: Sequence[Shard]) -> list[Any]:
+    if plan.fused == 1:
+        return plan.on_this_device(three_sums_of_squares, shards, empty=(0.0,) * 3)
+    plan = dataclasses.replace(plan, fused=_FUSED_ON_GPU)
+    return [plan.by_rows(three_sums_of_squares, shard) for shard in shards]
+
+
+def _norm_of_three(plain: jax.Array, up: jax.Array, down: jax.Array, count: Any) -> jax.Array:
+    """The norm from the exact one of three sums."""
+    scale = SafeRange(plain.dtype).scale(plain, count)
+    return norm_of_sum(jnp.where(scale < 1, down, jnp.where(scale > 1, up, plain)), scale)
+
+
+def unshared(tree: Any) -> Any:
+    """The arrays, computed of which nothing is shared with what else is computed of them.
 
     The squares of gradients are in the optimizer, too: XLA would keep them for it, or a float32
     copy of bfloat16, or a factor broadcast to the shape of several leaves.
     """
-    return jax.lax.optimization_barrier(x)
+    # One barrier for all of them would give all of them the mesh axes of each.
+    return jax.tree.map(jax.lax.optimization_barrier, tree)
 
 
-def _over_devices(cells, group_count, of_cells, collective, join):
-    """One array for each group, by one collective for each distinct set of mesh axes."""
-    joined: list[Any] = [None] * group_count
-    for along in dict.fromkeys(cell.along for cell in cells):
-        here = [cell for cell in cells if cell.along == along]
-        totals = of_cells(here)
-        if along.axes:
-            totals = _at_once(functools.partial(collective, axis_name=along.axes), totals)
-        for cell, total in zip(here, totals, strict=True):
-            known = joined[cell.group]
-            joined[cell.group] = total if known is None else join(known, total)
-    return joined
-
-
-def _at_once(collective, arrays):
+def _at_once(collective: Any, trees: Sequence[Any]) -> list[Any]:
     """Apply a collective to all arrays as one vector: given a tree it would make one of each."""
+    arrays, treedef = jax.tree.flatten(trees)
     if partly_manual():
         # Norms of units may be split along the other axes: as one vector they would be gathered.
-        return [collective(array) for array in arrays]
+        return treedef.unflatten([collective(array) for array in arrays])
     flat = jnp.concatenate([array.ravel() for array in arrays])
     ends = np.cumsum([array.size for array in arrays])[:-1].tolist()
-    parts = jnp.split(collective(flat), ends)
-    return [part.reshape(array.shape) for part, array in zip(parts, arrays, strict=True)]
+    parts = zip(jnp.split(collective(flat), ends), arrays, strict=True)
+    return treedef.unflatten([part.reshape(array.shape) for part, array in parts])
 
 
-def _exact_sums(squares, cells, sizes, branch):
-    """Sums of squares of each cell, and the power of two by which it scaled its elements.
+def _exact_sums(plan: Plan, shards: Sequence[Shard], branch: bool) -> list[Any]:
+    """Sums of squares of each shard, and the power of two by which it scaled its elements.
 
     The plain sum serves as long as it is in the safe range, where no square that matters can have
     overflowed or underflowed. Outside, the sum is taken again of elements scaled by a fixed power
     of two.
     """
     safe = SafeRange(norm_dtype())
-    plain = squares(cells)
-    counts = [sum(sizes[i] for i in cell.members) for cell in cells]
+    plain = plan.on_this_device(sum_of_squares, shards)
+    counts = [sum(plan.leaves[i].size for i in shard.members) for shard in shards]
     # Kept apart, not stacked as a vector: XLA would compute the vector anew for each leaf that
     # reads its entry of it (200 leaves of 64 x 64 took 21 s to compile instead of 8).
     scales = [safe.scale(s, count) for s, count in zip(plain, counts, strict=True)]
     odd = [jnp.any(row != 1) for row in in_rows(scales)]
     unsafe = functools.reduce(jnp.logical_or, odd, jnp.zeros((), bool))
-    scaled = functools.partial(squares, cells, numbers=[(scale,) for scale in scales])
+
+    def scaled():
+        numbers = {shard.group: (scale,) for shard, scale in zip(shards, scales, strict=True)}
+        return plan.on_this_device(sum_of_squares, shards, numbers)
+
     exact = jax.lax.cond(unsafe, scaled, lambda: plain) if branch else scaled()
     return list(zip(exact, scales, strict=True))
 
 
-def _bins(squares, cells, sizes, branch):
+def _bins(plan: Plan, shards: Sequence[Shard], *, branch: bool) -> list[jax.Array]:
     """The sums of `_exact_sums`, each in the bin of its scale among three (a new first axis).
 
     Each device chooses its scale alone and the bins of all of them are added: that takes one
@@ -210,5 +359,5 @@ def _bins(squares, cells, sizes, branch):
     """
     return [
         jnp.stack([jnp.where(chosen, s, 0) for chosen in (scale > 1, scale == 1, scale < 1)])
-        for s, scale in _exact_sums(squares, cells, sizes, branch)
+        for s, scale in _exact_sums(plan, shards, branch)
     ]

@@ -163,31 +163,24 @@ def factors(norm: jax.Array, limit: jax.Array, response: Response) -> tuple[jax.
 
 
 def rescale(
-    leaves: Sequence[jax.Array],
-    first: Sequence[jax.Array],
-    second: Sequence[jax.Array],
-    finite: Sequence[jax.Array],
-    *,
-    on_nonfinite: OnNonfinite,
+    leaves: Sequence[jax.Array], first: Sequence[jax.Array], second: Sequence[jax.Array]
 ) -> list[jax.Array]:
-    """Multiply each leaf by its two factors; where the norm is not finite, put 0 or NaN.
+    """Multiply each leaf by its two factors; one of 0 makes zeros also of what is not finite.
 
     The products are taken in at least float32 and come back in the dtype of the leaf. The select
     is between an element and a constant, so all of it fuses into the pass of the optimizer that
     follows; a select between two trees would not.
     """
-    fill = jnp.nan if on_nonfinite == "propagate" else 0.0
 
-    def scaled(x, first, second, finite):
+    def scaled(x, first, second):
         if jnp.iscomplexobj(x):
-            real, imag = (scaled(part, first, second, finite) for part in (x.real, x.imag))
+            real, imag = (scaled(part, first, second) for part in (x.real, x.imag))
             return jax.lax.complex(real, imag).astype(x.dtype)
         wide = widen(x)
-        return (jnp.where(finite, wide, beside(fill, wide)) * second * first).astype(x.dtype)
+        return (jnp.where(first != 0, wide, beside(0, wide)) * second * first).astype(x.dtype)
 
     return [
-        changed_in_place(scaled, *of_leaf)
-        for of_leaf in zip(leaves, first, second, finite, strict=True)
+        changed_in_place(scaled, *of_leaf) for of_leaf in zip(leaves, first, second, strict=True)
     ]
 
 

@@ -1,4 +1,9 @@
-"""Sums of squares that cannot overflow, and what else is computed of the elements of a leaf."""
+"""Kernels that reduce a leaf, and sums of squares that cannot overflow (Blue 1978).
+
+Blue, *A Portable Fortran Program to Find the Euclidean Norm of a Vector*, ACM TOMS 1978, sums big,
+middle and small elements apart; so does `nrm2` of LAPACK. Here each sum is of all elements, times a
+power of two of its own, and the one that is exact is chosen.
+"""
 
 import functools
 from typing import Any
@@ -6,8 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._leaves import widen
+from ._leaves import norm_dtype, widen
 from ._memory import beside
+
+Axes = tuple[int, ...] | None
+"""Axes to reduce, which are kept with size one; None: all of them, and none is kept."""
 
 
 def norm_of_sum(total: jax.Array, scale: jax.Array) -> jax.Array:
@@ -54,41 +62,97 @@ class SafeRange:
         return scale.astype(plain.dtype)
 
 
-def sum_of_squares(x, scale=None, *, dims):
-    arrays = x if isinstance(x, list) else [x]
-    parts = [part for a in arrays for part in ([a.real, a.imag] if jnp.iscomplexobj(a) else [a])]
-    wide = [widen(part) if scale is None else widen(part) * scale for part in parts]
-    return _sum(functools.reduce(jnp.add, [part * part for part in wide]), dims)
+def sum_of_squares(x, scale=None, *, axes):
+    """The sum of the squares of a leaf, or of small leaves of one shape together."""
+    wide = _real_parts(x)
+    return _sum(_squares(wide if scale is None else [part * scale for part in wide]), axes)
 
 
-def sum_of_moduli(x, *, dims):
-    return _sum(jnp.abs(widen(x)), dims)
+def three_sums_of_squares(x, *, axes):
+    """Three sums of squares of a leaf in one read: plain, scaled up and scaled down.
+
+    Of a whole leaf in one reduction of three operands: three of one each would take a GPU twice
+    the kernels. CPU must not run it on a large leaf: it adds everything to one number.
+    """
+    wide, safe = _real_parts(x), SafeRange(norm_dtype())
+    # XLA makes `(x * up) * (x * up)` of scalars `(x * x) * (up * up)`, which is infinite. With an
+    # element of 1 or more the plain sum is not too small, so that no sum loses by this bound.
+    up, down = (
+        [jnp.clip(part * scale, -safe.up, safe.up) for part in wide]
+        for scale in (safe.up, safe.down)
+    )
+    squares = tuple(map(_squares, (wide, up, down)))
+    sums = sums_of(squares, axes)
+    return sums if axes is None else tuple(jnp.expand_dims(of, axes) for of in sums)
 
 
-def sum_of_powers(x, first, second, *, order, dims):
-    scaled = jnp.abs(widen(x)) * first * second
-    return _sum(scaled ** (int(order) if order == int(order) else order), dims)
+def sums_of(arrays: tuple[jax.Array, ...], axes: Axes = None) -> tuple[jax.Array, ...]:
+    """The sums of three arrays over these axes, in one reduction."""
+    zeros = (jnp.zeros((), norm_dtype()),) * 3
+    over = tuple(range(arrays[0].ndim)) if axes is None else axes
+    return tuple(jax.lax.reduce(arrays, zeros, lambda a, b: tuple(map(jnp.add, a, b)), over))
 
 
-def largest_modulus(x, *, dims):
-    largest = jnp.max(jnp.abs(widen(x)), axis=dims, keepdims=dims is not None, initial=0)
+def sum_of_moduli(x, *, axes):
+    """The sum of the moduli of a leaf, or of small leaves of one shape together."""
+    return _sum(functools.reduce(jnp.add, _moduli(x)), axes)
+
+
+def sum_of_powers(x, first, second, *, order, axes):
+    """The sum of the powers of the moduli, each times two scales."""
+    exponent = int(order) if order == int(order) else order
+    powers = [(modulus * first * second) ** exponent for modulus in _moduli(x)]
+    return _sum(functools.reduce(jnp.add, powers), axes)
+
+
+def largest_modulus(x, *, axes):
+    """The largest modulus of a leaf, or of small leaves of one shape; infinity for a NaN."""
+    moduli = functools.reduce(jnp.maximum, _moduli(x))
+    return _largest(jnp.where(jnp.isfinite(moduli), moduli, beside(jnp.inf, moduli)), axes)
+
+
+def largest_modulus_on_cpu(x, *, axes):
+    """The same where a select before a maximum would copy the leaf."""
+    largest = _largest(functools.reduce(jnp.maximum, _moduli(x)), axes)
     # On CPU a maximum loses NaN: over devices, and (jaxlib 0.10 to 0.12) over 1,000 elements too.
-    return jnp.where(all_finite(x, dims=dims), largest, beside(jnp.inf, largest))
+    return jnp.where(all_finite(x, axes=axes), largest, beside(jnp.inf, largest))
 
 
-def all_finite(x: jax.Array, *, dims: tuple[int, ...] | None = None) -> jax.Array:
+def all_finite(x: Any, *, axes: Axes = None) -> jax.Array:
     """Whether all elements are finite: x - x is NaN where x is not, and no sum loses a NaN.
 
     A reduction of `isfinite(x)` would keep an array of booleans, and a select on each element
     before a maximum, or a product with 0, a whole copy.
     """
-    parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
-    zeros = [widen(part) - widen(part) for part in parts]
-    return _sum(functools.reduce(jnp.add, zeros), dims) == 0
+    return _sum(functools.reduce(jnp.add, [part - part for part in _real_parts(x)]), axes) == 0
 
 
-def _sum(x, dims):
-    return jnp.sum(x, axis=dims, keepdims=dims is not None)
+def _real_parts(x: Any) -> list[jax.Array]:
+    """The real and imaginary parts of a leaf or of several, in the precision of norms."""
+    parts = [
+        part for a in _leaves(x) for part in ([a.real, a.imag] if jnp.iscomplexobj(a) else [a])
+    ]
+    return [widen(part) for part in parts]
+
+
+def _moduli(x: Any) -> list[jax.Array]:
+    return [jnp.abs(widen(leaf)) for leaf in _leaves(x)]
+
+
+def _leaves(x: Any) -> list[jax.Array]:
+    return x if isinstance(x, list) else [x]
+
+
+def _squares(parts: list[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, [part * part for part in parts])
+
+
+def _largest(x, axes):
+    return jnp.max(x, axis=axes, keepdims=axes is not None, initial=0)
+
+
+def _sum(x, axes):
+    return jnp.sum(x, axis=axes, keepdims=axes is not None)
 
 
 def inverse_power_of_two(norm: jax.Array) -> tuple[jax.Array, jax.Array]:

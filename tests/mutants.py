@@ -42,31 +42,66 @@ class Mutant(NamedTuple):
 
 NORMS = [
     Mutant(
+        "the sums of a GPU: the plain one where it has overflowed",
+        "_reduce.py",
+        "jnp.where(scale < 1, down, jnp.where(scale > 1, up, plain))",
+        "jnp.where(scale > 1, up, plain)",
+        ("platforms",),
+    ),
+    Mutant(
+        "the sums of a GPU: no bound, so that XLA folds the scales",
+        "_safe.py",
+        "jnp.clip(part * scale, -safe.up, safe.up)",
+        "part * scale",
+        ("platforms",),
+    ),
+    Mutant(
+        "the sums of a GPU: the rows of one kind of batch are left out",
+        "_reduce.py",
+        "for batch in batches:",
+        "for batch in batches[1:]:",
+        ("platforms",),
+    ),
+    Mutant(
+        "a state that keeps what it saw first",
+        "_clip.py",
+        "return jnp.where(old == new, old, new)",
+        "return old",
+        ("strategy_laws", "metrics"),
+    ),
+    Mutant(
+        "the limits of a row in the order of another",
+        "_limits/limit.py",
+        "limits[i], after[i] = value, treedef.unflatten(entry)",
+        "limits[i], after[row[0]] = value, treedef.unflatten(entry)",
+        ("recurrences", "adagc"),
+    ),
+    Mutant(
         "a missing psum",
         "_reduce.py",
-        "totals = _at_once(functools.partial(collective, axis_name=along.axes), totals)",
+        "totals = _at_once(functools.partial(collective, axis_name=split.reduced), totals)",
         "totals = list(totals)",
         ("devices", "hard_cases"),
     ),
     Mutant(
         "pmax for psum of the squares",
         "_reduce.py",
-        "over_devices(binned, jax.lax.psum, jnp.add)",
-        "over_devices(binned, jax.lax.pmax, jnp.add)",
+        "branch=branch), jax.lax.psum, jnp.add)",
+        "branch=branch), jax.lax.pmax, jnp.add)",
         ("devices", "hard_cases"),
     ),
     Mutant(
         "order 1: the larger of two parts over different mesh axes, not their sum",
         "_reduce.py",
-        "return over_devices(moduli, jax.lax.psum, jnp.add)",
-        "return over_devices(moduli, jax.lax.psum, jnp.maximum)",
+        "return self.over_devices(of_shards, jax.lax.psum, jnp.add)",
+        "return self.over_devices(of_shards, jax.lax.psum, jnp.maximum)",
         ("devices", "hard_cases", "dual_norm", "norms"),
     ),
     Mutant(
         "order 1: moduli summed in bfloat16",
         "_safe.py",
-        "return _sum(jnp.abs(widen(x)), dims)",
-        "return _sum(jnp.abs(x), dims)",
+        "return [jnp.abs(widen(leaf)) for leaf in _leaves(x)]",
+        "return [jnp.abs(leaf) for leaf in _leaves(x)]",
         ("norms", "dual_norm", "*laws"),
     ),
     Mutant(
@@ -79,8 +114,8 @@ NORMS = [
     Mutant(
         "a NaN in an imaginary part that is not seen",
         "_safe.py",
-        "parts = [x.real, x.imag] if jnp.iscomplexobj(x)",
-        "parts = [x.real] if jnp.iscomplexobj(x)",
+        "([a.real, a.imag] if jnp.iscomplexobj(a)",
+        "([a.real] if jnp.iscomplexobj(a)",
         ("norms", "guards", "elementwise", "dual_norm", "classics", "*laws"),
     ),
     Mutant(
@@ -214,7 +249,7 @@ RESCALING = [
     ),
     Mutant(
         "`on_nonfinite` the other way round",
-        "_rescale.py",
+        "_clip.py",
         'fill = jnp.nan if on_nonfinite == "propagate"',
         'fill = jnp.nan if on_nonfinite == "zero"',
         ("clip", "*laws"),
@@ -281,8 +316,8 @@ ENGINE = [
     Mutant(
         "the factor in the state lacks its second step",
         "_clip.py",
-        "whole = [one * power for one, power",
-        "whole = [one for one, _",
+        "return first, power, first * power",
+        "return first, power, first",
         ("clip", "metrics", "rescale", "*laws"),
     ),
 ]

@@ -111,8 +111,9 @@ def _rest(carry: Any, wanted: Any, clipped: Any) -> Any:
 def _held(carry: Any, limit: jax.Array, axis_name: AxisName) -> Any:
     leaves, treedef = jax.tree.flatten(carry)
     norm = global_norm(carry, axis_name=axis_name)
-    parts = [*factors(norm, varying_like(limit, norm), shrink), jnp.isfinite(norm)]
-    held = rescale(leaves, *([part] * len(leaves) for part in parts), on_nonfinite="zero")
+    first, second = factors(norm, varying_like(limit, norm), shrink)
+    first = jnp.where(jnp.isfinite(norm), first, 0)
+    held = rescale(leaves, [first] * len(leaves), [second] * len(leaves))
     return treedef.unflatten(held)
 
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.lax import platform_dependent
 from jax.sharding import PartitionSpec
 
 from .._checks import Threshold, check_transformation, check_whole_number
@@ -20,6 +19,7 @@ from .._clip import (
     in_update,
     measured_types,
     named_strategy,
+    overwritten,
 )
 from .._devices import AxisName, filled_like, varying_like
 from .._export import exportable
@@ -246,10 +246,10 @@ def _skip(
         moved, inner_state = moved_unless(
             skipped, (updates, kept_norm, kept_limit), state.inner_state, params, extra_args
         )
+        old = (state.grad_norm, state.skip_limit, state.skipped)
+        new = (norm, varying_like(most, norm), skipped)
         return moved, SkipState(
-            grad_norm=norm,
-            skip_limit=varying_like(most, norm),
-            skipped=skipped,
+            *overwritten(old, new),
             skip_count=counted(state.skip_count, skipped),
             skips_in_a_row=jnp.where(bad, counted(state.skips_in_a_row, skipped), 0),
             nonfinite_count=counted(state.nonfinite_count, ~finite),
@@ -300,7 +300,7 @@ def _finite_norm(
         return jnp.where(again, measure(finite_part(updates)), norm)
 
     # A GPU would wait for the host at that branch; both norms come of one read there.
-    return platform_dependent(cpu=by_branch, tpu=by_branch, default=by_select)
+    return jax.lax.platform_dependent(cpu=by_branch, tpu=by_branch, default=by_select)
 
 
 def _unless(inner: optax.GradientTransformationExtraArgs) -> Callable[..., tuple[Any, Any]]:
@@ -331,7 +331,7 @@ def _unless(inner: optax.GradientTransformationExtraArgs) -> Callable[..., tuple
         # is around it: AdamW on 27 million parameters costs a TPU v5e 3.1 M cycles and 133 MB, by
         # selects 2.1 and 6. On CPU 64 MiB of Adam take 64 MiB and 112 ms, by selects 116 and 189.
         skipped, *read = data
-        return platform_dependent(cpu=by_branch, default=by_select)
+        return jax.lax.platform_dependent(cpu=by_branch, default=by_select)
 
     of_data = jax.jit(unless, inline=True)
 
@@ -394,9 +394,10 @@ def _zeros(kind: jax.ShapeDtypeStruct, update: Any) -> Any:
 
 def _applied(updates: Any, norm: jax.Array, limit: jax.Array | None, skipped: jax.Array) -> Any:
     """The finite elements, rescaled to the limit if there is one; zeros in a skipped step."""
-    both = (jnp.ones_like(norm),) * 2 if limit is None else factors(norm, limit, shrink)
-    parts = [[part] for part in (*both, ~skipped)]
+    one = jnp.ones_like(norm)
+    first, second = (one, one) if limit is None else factors(norm, limit, shrink)
+    first = jnp.where(skipped, 0, first)
     return jax.tree.map(
-        lambda x: rescale([x], *parts, on_nonfinite="zero")[0] if is_gradient(x) else x,
+        lambda x: rescale([x], [first], [second])[0] if is_gradient(x) else x,
         finite_part(updates),
     )

@@ -10,4 +10,5 @@ from .limit import (
     maximum as maximum,
     minimum as minimum,
     observe as observe,
+    observe_each as observe_each,
 )

@@ -22,7 +22,7 @@ from .._clip import (
 from .._devices import AxisName, filled_like, types_tell
 from .._export import exportable
 from .._leaves import in_rows
-from .._limits import Limit, constant, observe
+from .._limits import Limit, constant, observe_each
 from .._limits.moments import learned, moved
 from .._norms import global_norm, leaf_norms
 from .._rescale import OnNonfinite, check_on_nonfinite
@@ -151,6 +151,4 @@ def _limits_and_levels(norms, levels, max_norm, warm, ratio, decay):
         return limit, learned(x, jnp.where(known, new, x), level)
 
     of_array = Limit(lambda norm: norm, update)
-    pairs = zip(norms, levels, strict=True)
-    observed = [observe(of_array, norm, level) for norm, level in pairs]
-    return [limit for limit, _ in observed], [level for _, level in observed]
+    return observe_each(of_array, norms, levels)

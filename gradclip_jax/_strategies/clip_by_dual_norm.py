@@ -248,7 +248,7 @@ def _is_ball(x: Any) -> bool:
 
 def _of_matrix(x: jax.Array, orthogonal: Callable[..., tuple[jax.Array, jax.Array]]) -> Split:
     """Split each matrix, brought near 1 by a power of two, into parts and direction."""
-    finite = all_finite(x, dims=(x.ndim - 2, x.ndim - 1))
+    finite = all_finite(x, axes=(x.ndim - 2, x.ndim - 1))
     x = jnp.where(finite, x, 0)
     first, second = powers_near(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
     parts, direction = orthogonal(x * first.astype(x.dtype) * second.astype(x.dtype))

@@ -232,7 +232,7 @@ def _held(leaves, norms, limit, *, change, option, response, on_nonfinite):
         if x.ndim < 2 or not x.size:
             top = norm
             first = jnp.where(finite, first, fill).astype(norm.dtype)
-            (result,) = rescale([x], [first], [second], [finite], on_nonfinite=on_nonfinite)
+            (result,) = rescale([x], [first], [second])
         else:
             wide = jnp.where(finite, widen(x), 0)
             needs = finite & (first * second != 1)

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import inspect
 import re
-import sys
 from typing import Any
 
 import chex
@@ -73,9 +72,13 @@ def _standard(standard_promotion):
 def way(request, monkeypatch):
     """The program of a CPU and that of an accelerator, which runs on CPU, too."""
     if request.param == "select":
-        module = sys.modules[skip_nonfinite.__module__]
         choose = lambda *args, default, **others: default(*args)  # noqa: E731
-        monkeypatch.setattr(module, "platform_dependent", choose)
+        monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+        jax.clear_caches()
+        yield
+        jax.clear_caches()
+    else:
+        yield
 
 
 both_ways = pytest.mark.usefixtures("way")
