@@ -70,6 +70,7 @@ from ._strategies.clip_by_dual_norm import (
     Ball as Ball,
     clip_by_dual_norm as clip_by_dual_norm,
     euclidean_ball as euclidean_ball,
+    exact_spectral_ball as exact_spectral_ball,
     newton_schulz_ball as newton_schulz_ball,
     sign_ball as sign_ball,
     spectral_ball as spectral_ball,

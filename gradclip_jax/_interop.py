@@ -46,6 +46,7 @@ from ._strategies.clip_by_block_rms import clip_by_block_rms
 from ._strategies.clip_by_dual_norm import (
     clip_by_dual_norm,
     euclidean_ball,
+    exact_spectral_ball,
     newton_schulz_ball,
     sign_ball,
     spectral_ball,
@@ -359,6 +360,7 @@ MEASURES = _named(global_norm, group_norms, leaf_norms, unit_norms)
 RESPONSES = _named(drop, normalize, shrink, smooth, smooth_sqrt, smooth_tanh)
 BALLS = {
     "euclidean_ball": euclidean_ball,
+    "exact_spectral_ball": exact_spectral_ball,
     "newton_schulz_ball": newton_schulz_ball,
     "sign_ball": sign_ball,
     "spectral_ball": spectral_ball,

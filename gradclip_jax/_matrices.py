@@ -50,3 +50,27 @@ def powers_near(norm: jax.Array) -> tuple[jax.Array, jax.Array]:
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
     """Of matrices, in the precision of their dtype: accelerators have a coarser default."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def adjoint(x: jax.Array) -> jax.Array:
+    """The conjugate transpose of each matrix."""
+    return jnp.swapaxes(x, -1, -2).conj()
+
+
+def quintic(x: jax.Array, a: Any, b: Any, c: Any) -> jax.Array:
+    """A s + b s^3 + c s^5 of each singular value s, in three products."""
+    gram = product(x, adjoint(x))
+    return scaled(x, a) + product(scaled(gram, b) + scaled(product(gram, gram), c), x)
+
+
+def scaled(x: jax.Array, *numbers: Any) -> jax.Array:
+    """`x`, which may be complex, times real numbers, one after the other."""
+    for number in numbers:
+        x = x * (number.astype(x.dtype) if isinstance(number, jax.Array) else number)
+    return x
+
+
+def identities(x: jax.Array) -> jax.Array:
+    """An identity matrix for each square matrix in the stack `x`."""
+    eye = jnp.eye(x.shape[-1], dtype=x.dtype)
+    return jnp.broadcast_to(jnp.expand_dims(eye, tuple(range(x.ndim - 2))), x.shape)

@@ -455,15 +455,29 @@ STRATEGIES = [
     Mutant(
         "two digits of a coefficient of Muon swapped",
         "_strategies/clip_by_dual_norm.py",
-        "a, b, c = 3.4445, -4.7750, 2.0315",
-        "a, b, c = 3.4445, -4.7750, 2.0135",
+        "3.4445, -4.7750, 2.0315",
+        "3.4445, -4.7750, 2.0135",
         ("dual_norm",),
     ),
     Mutant(
         "singular values lack the second step of their factor",
         "_strategies/spectral_clip.py",
-        "_times(u, sigma * second * first)",
-        "_times(u, sigma * first)",
+        "scaled(u, sigma * second * first)",
+        "scaled(u, sigma * first)",
+        ("spectral",),
+    ),
+    Mutant(
+        "what is below the limit is not undone by its last power",
+        "_polynomials.py",
+        "INVERSE = (2.33264254, 0.219556821, 0.0561162975)",
+        "INVERSE = (2.33264254, 0.219556821, 0.0)",
+        ("spectral",),
+    ),
+    Mutant(
+        "the limit is looked for a step too early",
+        "_polynomials.py",
+        "after = jnp.where(i == approached + 1, gram, after)",
+        "after = jnp.where(i == approached, gram, after)",
         ("spectral",),
     ),
 ]

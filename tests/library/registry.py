@@ -19,6 +19,7 @@ import pytest
 
 import gradclip_jax
 from gradclip_jax import Limit
+from gradclip_jax._strategies import spectral_clip
 from gradclip_jax._strategies.adaptive_grad_clip import nfnets_axes
 
 Tree = Mapping[str, np.ndarray]
@@ -192,6 +193,20 @@ def under_cap(adaptive: Any, measure: Any = gradclip_jax.global_norm) -> Callabl
     return build
 
 
+def spectral_by_polynomials(
+    max_norm: Any, *, axis_name: Any = None, on_nonfinite: Any = "zero"
+) -> optax.GradientTransformationExtraArgs:
+    """The clip of singular values as accelerators compute it, here on CPU."""
+    return spectral_clip._of_matrices(
+        max_norm,
+        spectral_clip._by_polynomials,
+        gradclip_jax.shrink,
+        gradclip_jax.shrink,
+        axis_name,
+        on_nonfinite,
+    )
+
+
 OURS = [
     Strategy("clip_by_global_norm", gradclip_jax.clip_by_global_norm, everything),
     *(
@@ -270,6 +285,12 @@ OURS = [
     Strategy(
         "spectral_clip",
         gradclip_jax.spectral_clip,
+        functools.partial(units, axes=last_two),
+        of_matrices=True,
+    ),
+    Strategy(
+        "spectral_clip[polynomials]",
+        spectral_by_polynomials,
         functools.partial(units, axes=last_two),
         of_matrices=True,
     ),

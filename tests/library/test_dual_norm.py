@@ -13,9 +13,12 @@ from conftest import make_mesh
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gradclip_jax import metrics
+from gradclip_jax._strategies import clip_by_dual_norm as dual_norm
 from gradclip_jax._strategies.clip_by_dual_norm import (
+    Ball,
     clip_by_dual_norm,
     euclidean_ball,
+    exact_spectral_ball,
     newton_schulz_ball,
     sign_ball,
     spectral_ball,
@@ -94,6 +97,44 @@ def test_newton_schulz_is_near_the_decomposition():
     assert float(state.grad_norm) == pytest.approx(inner, rel=1e-5)
 
 
+polynomial_ball = Ball(
+    functools.partial(dual_norm._of_matrix, orthogonal=dual_norm._by_polynomials), whole=True
+)
+"""The spectral ball as accelerators compute it, here on CPU."""
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_polynomials_agree_with_the_decomposition(scale):
+    rng = np.random.default_rng(0)
+    u, _ = np.linalg.qr(rng.normal(size=(12, 8)))
+    x = np.stack(
+        [
+            (u * sigma) @ rng.permutation(np.eye(8))
+            for sigma in (np.geomspace(1, 1e-4, 8), np.ones(8), np.linspace(3, 0.1, 8))
+        ]
+    )
+    x = jnp.asarray(x * scale, jnp.float32)
+    for each in (x, jnp.swapaxes(x, -1, -2)):
+        result, state = apply(clip_by_dual_norm(0.0, ball=polynomial_ball), each)
+        expected, exact = apply(clip_by_dual_norm(0.0, ball=exact_spectral_ball), each)
+        np.testing.assert_allclose(result, expected, atol=2e-3)
+        np.testing.assert_allclose(result[1:], expected[1:], atol=2e-5)
+        assert float(state.grad_norm) == pytest.approx(float(exact.grad_norm), rel=1e-5)
+        sigma = np.linalg.svd(result, compute_uv=False)
+        np.testing.assert_allclose(sigma, 1, atol=2e-6)
+
+
+def test_polynomials_leave_zeros_and_rounding_within_the_ball():
+    x = jnp.outer(jnp.array([1.0, 2.0, 3.0]), jnp.array([1.0, -1.0]))
+    result, _ = apply(clip_by_dual_norm(1.0, ball=polynomial_ball), x)
+    assert np.linalg.norm(result, 2) == pytest.approx(1, abs=1e-6)
+    np.testing.assert_allclose(result, x / np.linalg.norm(x), atol=0.1)
+    zeros = jnp.zeros((2, 3, 4))
+    np.testing.assert_array_equal(
+        apply(clip_by_dual_norm(1.0, ball=polynomial_ball), zeros)[0], zeros
+    )
+
+
 def test_directions_of_rounding_are_no_directions():
     x = jnp.outer(jnp.array([1.0, 2.0, 3.0]), jnp.array([1.0, -1.0]))
     result, _ = apply(clip_by_dual_norm(1.0, ball=spectral_ball), x)
@@ -106,7 +147,9 @@ def test_vectors_in_a_ball_of_matrices_take_the_euclidean_one():
         np.testing.assert_allclose(apply(clip_by_dual_norm(1.0, ball=ball), v)[0], v / 5, rtol=1e-6)
 
 
-@pytest.mark.parametrize("ball", [sign_ball, euclidean_ball, spectral_ball, newton_schulz_ball])
+@pytest.mark.parametrize(
+    "ball", [sign_ball, euclidean_ball, spectral_ball, polynomial_ball, newton_schulz_ball]
+)
 def test_zero_stays_zero_and_a_limit_of_zero_gives_the_full_step(ball):
     zeros = {"a": jnp.zeros(2), "b": jnp.zeros((2, 3))}
     for rho in (0.0, 1.0, None):

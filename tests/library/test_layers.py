@@ -17,7 +17,7 @@ LAYERS = [
     {"_reduce"},
     {"_norms", "_limits"},
     {"_given", "_matrices", "_rescale"},
-    {"_clip"},
+    {"_clip", "_polynomials"},
     {"_guards", "_backward", "_per_example", "_strategies"},
     {"_metrics", "_upgrade"},
     {"_monitor", "_interop"},

@@ -12,6 +12,7 @@ import orbax.checkpoint
 import pytest
 from conftest import make_mesh, shard_map
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from registry import spectral_by_polynomials as by_polynomials
 
 from gradclip_jax import clip_by_dual_norm, drop, metrics, smooth_sqrt
 from gradclip_jax._strategies import spectral_clip as spectral_module
@@ -414,3 +415,111 @@ def test_a_factor_below_the_smallest_float32_is_shared_by_two_steps():
     """Singular values of 1e30 and 2e30 are brought to 0.01, by factors of 1e-32."""
     result, _ = apply_at(spectral_clip, 0.01, jnp.diag(jnp.array([1e30, 2e30])))
     np.testing.assert_allclose(result, 0.01 * np.eye(2), rtol=1e-5)
+
+
+NEAR_AND_FAR = {
+    "around the limit": np.linspace(0.9, 1.1, 16),
+    "at the limit": np.ones(16),
+    "a little above": np.full(16, 1.0001),
+    "all sizes": np.geomspace(100, 0.1, 16),
+    "one of 1,000": [1e3] + [0.5] * 15,
+    "of rank 3": [5.0, 2.0, 0.5],
+}
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16), (16, 16)], ids=str)
+@pytest.mark.parametrize("sigma", NEAR_AND_FAR.values(), ids=NEAR_AND_FAR)
+def test_polynomials_agree_with_the_decomposition(sigma, shape):
+    x = jnp.asarray(matrix(sigma, *shape), jnp.float32)
+    for scale in (1e-30, 1.0, 1e30):
+        result, _ = apply_at(by_polynomials, scale, x * scale)
+        wide = np.asarray(result, np.float64) / scale
+        assert np.linalg.norm(wide - reference(x, hard(1.0)).real, 2) < 1e-4
+        assert np.linalg.norm(wide, 2) < 1 + 5e-5
+
+
+def test_polynomials_hold_what_is_far_above_the_limit():
+    """What lies that far below the largest value is known to a part of it only in float32."""
+    for top in (1e6, 1e12):
+        x = jnp.asarray(matrix([top] + [0.5] * 15), jnp.float32)
+        result, _ = apply_at(by_polynomials, 1.0, x)
+        after = np.linalg.svd(np.asarray(result, np.float64), compute_uv=False)
+        assert after[0] == pytest.approx(1, abs=2e-6)
+        if top == 1e6:
+            np.testing.assert_allclose(after[1:], 0.5, atol=0.1)
+
+
+def test_polynomials_take_a_row_a_column_a_stack_and_complex_numbers():
+    rng = np.random.default_rng(0)
+    stack = np.stack([matrix(np.geomspace(top, 0.1, 4), 4, 6) for top in (0.2, 2.0, 1e2, 1e4)])
+    tree = [rng.normal(size=(1, 40)), rng.normal(size=(40, 1)), stack]
+    tree.append(matrix([5.0, 1.0]) + 1j * matrix([3.0, 0.5], seed=1))
+    result, state = apply(by_polynomials(1.0), [jnp.asarray(x, narrow(x)) for x in tree])
+    for x, held, norm in zip(tree, result, state.grad_norm, strict=True):
+        np.testing.assert_allclose(held, reference(x, hard(1.0)), atol=3e-4)
+        assert held.dtype == narrow(x)
+        tops = np.linalg.norm(x, 2, axis=(-2, -1))
+        assert (norm[..., 0, 0] >= tops * (1 - 1e-5)).all()
+        assert (norm[..., 0, 0] <= np.maximum(tops * 1.2, 1)).all()
+
+
+def narrow(x):
+    return jnp.complex64 if np.iscomplexobj(x) else jnp.float32
+
+
+def test_polynomials_tell_what_is_above_the_limit_from_what_is_not():
+    """A Frobenius norm of 1.8, and singular values of at most 1."""
+    x = jnp.asarray(matrix([1.0, 0.9, 0.9, 0.8]), jnp.float32)
+    result, state = apply_at(by_polynomials, 1.1, x)
+    np.testing.assert_array_equal(result, x)
+    assert float(metrics(state)["clipped"]) == 0
+    assert 1 <= float(metrics(state)["grad_norm"]) <= 1.1
+    _, state = apply_at(by_polynomials, 0.95, x)
+    assert float(metrics(state)["clipped"]) == 1
+
+
+def test_polynomials_have_the_derivative_of_the_decomposition(x64):
+    direction = jnp.arange(6.0).reshape(2, 3)
+    for sigma in ([3.0, 0.5], [300.0, 2.0]):
+        x = jnp.asarray(matrix(sigma, 2, 3))
+        backwards = [
+            jax.jit(lambda x, make=make: jax.vjp(lambda x: apply(make(1.0), x)[0], x)[1](direction))
+            for make in (spectral_clip, by_polynomials)
+        ]
+        exact, result = (backward(x)[0] for backward in backwards)
+        np.testing.assert_allclose(result, exact, atol=1e-3 * np.abs(exact).max())
+    for x in (jnp.zeros((2, 3)), jnp.full((2, 3), jnp.nan), jnp.full((2, 3), 1e200)):
+        assert np.isfinite(backwards[1](x)[0]).all()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_accelerators_decompose_only_where_they_are_told_to(platform):
+    """Seen in the program that they would compile."""
+
+    def program(clip):
+        x = jnp.ones((4, 6))
+        lowered = jax.jit(clip.update).trace(x, clip.init(x)).lower(lowering_platforms=(platform,))
+        return lowered.as_text().lower()
+
+    # Three products are those of a step in each of two loops, and two come at the end.
+    products = {"cpu": 1, "cuda": 8, "tpu": 8}[platform]
+    assert program(spectral_clip(1.0)).count("dot_general") == products
+    decomposed = program(spectral_clip(1.0, exact=True))
+    assert decomposed.count("dot_general") != 8
+    assert program(spectral_clip(1.0, response=drop)).count("dot_general") == decomposed.count(
+        "dot_general"
+    )
+
+
+def test_arrays_of_one_shape_share_one_program():
+    """On TPU each product of matrices takes seconds to compile."""
+    x = jnp.asarray(matrix([5.0, 1.0, 0.1], 3, 4), jnp.float32)
+    trees = [[x * (i + 1) for i in range(count)] for count in (2, 5)]
+    clip = by_polynomials(1.0)
+    sizes = []
+    for tree in trees:
+        lowered = jax.jit(clip.update).lower(tree, clip.init(tree))
+        sizes.append(lowered.as_text().count("dot_general"))
+        for before, after in zip(tree, apply(clip, tree)[0], strict=True):
+            np.testing.assert_allclose(after, reference(before, hard(1.0)).real, atol=1e-4)
+    assert sizes[0] == sizes[1]
