@@ -1,0 +1,167 @@
+"""What the compilers of TPU and GPU make of a clip, ahead of time and without a device.
+
+Every claim is relative to the same program without a clip, compiled in the same run: absolute
+numbers change with each version of a compiler. `make test-compilers` installs both compilers, and
+where one is missing its tests are skipped.
+"""
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import compiled as c
+import jax
+import jax.numpy as jnp
+import optax
+import programs
+import pytest
+from hlo import Facts
+from registry import LIBRARY, OURS
+
+import gradclip_jax
+
+tpu = pytest.mark.skipif(not c.has_tpu_compiler(), reason="libtpu is not installed")
+gpu = pytest.mark.skipif(not c.has_gpu_compiler(), reason="jax-cuda12-plugin is not installed")
+# The programs are those of a user, who adds a bias as `x + b`.
+pytestmark = [
+    pytest.mark.usefixtures("standard_promotion"),
+    pytest.mark.skipif(LIBRARY != "gradclip_jax", reason="compares this library with none"),
+]
+
+TREE = programs.gpt2(layers=2)
+LEAVES, SIZE = 28, 27_500_000
+V5E, V5E_4X4 = ("v5e:2x2", (1, 1)), ("v5e:4x4", (4, 4))
+H100, EIGHT_H100 = ("H100", (1, 1)), ("H100:8", (2, 4))
+# What the registry has no threshold for.
+OTHERS = {
+    "adagc": gradclip_jax.adagc,
+    "spam_clip": gradclip_jax.spam_clip,
+    "clip_by_dual_norm": functools.partial(gradclip_jax.clip_by_dual_norm, 1.0),
+    "soft_spectral_clip": functools.partial(gradclip_jax.soft_spectral_clip, 1.0),
+    "zero_nonfinite": gradclip_jax.zero_nonfinite,
+}
+STRATEGIES = {strategy.name: functools.partial(strategy.make, 0.5) for strategy in OURS} | OTHERS
+MATRICES = ("spectral_clip", "clip_by_dual_norm", "soft_spectral_clip")
+"""They multiply matrices, which takes kernels and reads of its own."""
+
+
+def compiled(program: programs.Program, target: tuple[str, tuple[int, ...]]) -> c.Compiled:
+    """A program on one device, or split over a mesh (data, model)."""
+    name, shape = target
+    mesh = c.mesh_of(name, shape, ("data", "model"))
+    specs = None if mesh.size == 1 else programs.specs(program.arguments)
+    arguments = c.placed(program.arguments, mesh, specs)
+    return c.compiled(program.step, *arguments, donate=program.donate)
+
+
+def update(clip: optax.GradientTransformation | None, target: tuple[str, tuple[int, ...]]) -> Facts:
+    """Of clip and AdamW on the tree of a small GPT-2."""
+    return compiled(programs.update(TREE, "float32", clip), target).facts
+
+
+@functools.cache
+def without(target: tuple[str, tuple[int, ...]]) -> Facts:
+    """Of AdamW alone."""
+    return update(None, target)
+
+
+# --- TPU ---
+
+
+@tpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_tpu_the_norm_rides_on_the_matmul_that_makes_the_gradient(dtype):
+    fusions = compiled(programs.matmul_step(dtype, gradclip_jax.clip_by_global_norm(1.0)), V5E)
+    first, *others = fusions.fusions()
+    assert len(others) == 1
+    assert "[2048,8192]" in first.type
+    assert "f32[]" in first.type
+
+
+@tpu
+def test_on_tpu_the_step_of_a_matmul_is_no_dearer_than_with_the_clip_of_optax():
+    ours, theirs = (
+        compiled(programs.matmul_step("float32", programs.CLIPS[name]), V5E).facts
+        for name in ("gradclip_jax", "optax")
+    )
+    assert ours.cycles <= theirs.cycles
+    assert ours.bytes <= theirs.bytes + 1024  # scalars
+
+
+@tpu
+def test_on_tpu_a_split_tree_takes_one_all_reduce_and_moves_no_gradient():
+    ours, none = update(gradclip_jax.clip_by_global_norm(1.0), V5E_4X4), without(V5E_4X4)
+    assert none.collectives.keys().isdisjoint({"all-gather", "all-to-all"})
+    assert ours.collectives == none.collectives | {"all-reduce": 1}
+    assert ours.collective_bytes <= 12 * LEAVES
+    assert ours.branch_collectives.keys() <= {"all-reduce"}
+
+
+@tpu
+@pytest.mark.parametrize("target", [V5E, V5E_4X4], ids=str)
+def test_on_tpu_parameters_and_moments_are_updated_in_place(target):
+    ours, none = update(gradclip_jax.clip_by_global_norm(1.0), target), without(target)
+    assert ours.aliased >= none.aliased >= 3 * 4 * SIZE // (target[1][0] * target[1][1])
+    assert ours.conditionals <= 1
+
+
+def by_select(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A step is skipped by hand: the optimizer sees zeros, and its old state is selected."""
+
+    def update(updates, state, params):
+        go = jnp.isfinite(gradclip_jax.global_norm(updates))
+        zeroed = jax.tree.map(lambda g: jnp.where(go, g, 0), updates)
+        out, new = optimizer.update(zeroed, state, params)
+        out = jax.tree.map(lambda u: jnp.where(go, u, 0), out)
+        return out, jax.tree.map(lambda a, b: jnp.where(go, a, b), new, state)
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+@tpu
+def test_on_tpu_a_guard_costs_no_more_than_selects_by_hand():
+    tree, adamw = programs.experts(), optax.adamw(1e-3)
+    ours, by_hand = (
+        compiled(programs.update(tree, "float32", None, guarded), V5E).facts
+        for guarded in (gradclip_jax.skip_nonfinite(adamw), by_select(adamw))
+    )
+    assert ours.cycles + ours.branch_cycles <= by_hand.cycles + by_hand.branch_cycles
+    assert ours.temporary <= 10e6
+
+
+@tpu
+def test_on_tpu_a_spectral_clip_compiles_in_seconds():
+    code = "import test_compilers as t; t.update(t.gradclip_jax.spectral_clip(1.0), t.V5E)"
+    here = Path(__file__).parent
+    paths = [here, here.parents[1], here.parents[1] / "benchmarks"]
+    code = f"import sys; sys.path[:0] = {[str(path) for path in paths]}; {code}"
+    # A process of its own: a compiler that decomposes matrices cannot be interrupted.
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
+
+
+# --- GPU ---
+
+
+@gpu
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_on_gpu_a_clip_adds_few_kernels_and_no_branch(name):
+    ours, none = update(STRATEGIES[name](), H100), without(H100)
+    assert ours.conditionals == 0
+    assert ours.host_synchronizations == 0
+    assert ours.aliased >= none.aliased >= 3 * 4 * SIZE
+    if name not in MATRICES:
+        assert ours.kernels <= none.kernels + 2 * LEAVES
+        reads = 2 if name == "adaptive_grad_clip" else 1  # of the parameters, too
+        assert ours.bytes <= none.bytes + 1.01 * reads * 4 * SIZE
+
+
+@gpu
+@pytest.mark.parametrize("name", ["clip_by_global_norm", "clip_by_norm", "clip_by_value", "zclip"])
+def test_on_eight_gpus_the_host_never_waits(name):
+    ours, none = update(STRATEGIES[name](), EIGHT_H100), without(EIGHT_H100)
+    assert none.collectives == {}
+    assert sum(ours.collectives.values()) <= 2
+    assert ours.collectives.keys() <= {"all-reduce"}
+    assert ours.branch_collectives == {}
+    assert ours.host_synchronizations == 0
