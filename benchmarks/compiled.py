@@ -15,6 +15,12 @@ from hlo import Facts, Hlo, Instruction, facts, host_synchronizations
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+# The compilers come with plugins that look for a device when jax first computes something.
+if not jax.config.jax_platforms:
+    jax.config.update("jax_platforms", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no server of metadata to wait for
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
 # Those of `tests/conftest.py` and of the user are for programs that run here.
 OPTIONS = {"xla_backend_optimization_level": 3}
 GPU_OPTIONS = OPTIONS | {"xla_gpu_autotune_level": 0}  # the autotuner would time kernels on a GPU
@@ -84,9 +90,6 @@ def has_gpu_compiler() -> bool:
 
 def mesh_of(target: str, shape: Sequence[int] = (1,), names: Sequence[str] = ("data",)) -> Mesh:
     """The first devices of a target, `v5e:4x4` or `H100:8`, as a mesh of this shape."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no server of metadata to wait for
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    jax.config.update("jax_platforms", "cpu")
     kind, _, size = target.partition(":")
     if kind in GPUS:
         described = topologies.get_topology_desc(

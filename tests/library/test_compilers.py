@@ -6,6 +6,7 @@ where one is missing its tests are skipped.
 """
 
 import functools
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import optax
 import programs
 import pytest
 from hlo import Facts
+from jax.sharding import PartitionSpec as P
 from registry import LIBRARY, OURS
 
 import gradclip_jax
@@ -30,7 +32,15 @@ pytestmark = [
 ]
 
 TREE = programs.gpt2(layers=2)
-LEAVES, SIZE = 28, 27_500_000
+PARAMS = programs.abstract(TREE, "float32")
+
+
+def size_of(tree: object) -> int:
+    """Bytes of all leaves."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+LEAVES, GRADIENTS = len(jax.tree.leaves(PARAMS)), size_of(PARAMS)
 V5E, V5E_4X4 = ("v5e:2x2", (1, 1)), ("v5e:4x4", (4, 4))
 H100, EIGHT_H100 = ("H100", (1, 1)), ("H100:8", (2, 4))
 # What the registry has no threshold for.
@@ -46,11 +56,16 @@ MATRICES = ("spectral_clip", "clip_by_dual_norm", "soft_spectral_clip")
 """They multiply matrices, which takes kernels and reads of its own."""
 
 
+def split(tree: object) -> object:
+    """Matrices along both axes of a mesh, in one order: XLA joins no sums of different orders."""
+    return jax.tree.map(lambda x: P("data", "model") if len(x.shape) == 2 else P(), tree)
+
+
 def compiled(program: programs.Program, target: tuple[str, tuple[int, ...]]) -> c.Compiled:
     """A program on one device, or split over a mesh (data, model)."""
     name, shape = target
     mesh = c.mesh_of(name, shape, ("data", "model"))
-    specs = None if mesh.size == 1 else programs.specs(program.arguments)
+    specs = None if mesh.size == 1 else split(program.arguments)
     arguments = c.placed(program.arguments, mesh, specs)
     return c.compiled(program.step, *arguments, donate=program.donate)
 
@@ -102,7 +117,7 @@ def test_on_tpu_a_split_tree_takes_one_all_reduce_and_moves_no_gradient():
 @pytest.mark.parametrize("target", [V5E, V5E_4X4], ids=str)
 def test_on_tpu_parameters_and_moments_are_updated_in_place(target):
     ours, none = update(gradclip_jax.clip_by_global_norm(1.0), target), without(target)
-    assert ours.aliased >= none.aliased >= 3 * 4 * SIZE // (target[1][0] * target[1][1])
+    assert ours.aliased >= none.aliased >= 0.999 * 3 * GRADIENTS / math.prod(target[1])
     assert ours.conditionals <= 1
 
 
@@ -149,11 +164,12 @@ def test_on_gpu_a_clip_adds_few_kernels_and_no_branch(name):
     ours, none = update(STRATEGIES[name](), H100), without(H100)
     assert ours.conditionals == 0
     assert ours.host_synchronizations == 0
-    assert ours.aliased >= none.aliased >= 3 * 4 * SIZE
+    assert ours.aliased >= none.aliased >= 3 * GRADIENTS
     if name not in MATRICES:
         assert ours.kernels <= none.kernels + 2 * LEAVES
         reads = 2 if name == "adaptive_grad_clip" else 1  # of the parameters, too
-        assert ours.bytes <= none.bytes + 1.01 * reads * 4 * SIZE
+        state = size_of(jax.eval_shape(STRATEGIES[name]().init, PARAMS))  # read and written
+        assert ours.bytes <= none.bytes + 1.01 * (reads * GRADIENTS + 2 * state)
 
 
 @gpu
