@@ -3,6 +3,7 @@
 
 VENV   ?= .venv
 PYTHON ?=
+PYTHONS = python3 python3.14 python3.13 python3.12 python3.11
 PINS   ?=
 ARGS   ?=
 
@@ -11,6 +12,11 @@ WORKERS ?= 2
 
 DEMO = examples/language_model.py --compare --out demo
 
+# The environments of the compilers of TPU and GPU.
+TPU = .venv-tpu
+GPU = .venv-gpu
+COMPILED = python3.12 python3.13 python3.14
+
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input
 USABLE = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -18,10 +24,10 @@ USABLE = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 # In this order they are the sections of benchmarks/results/<machine>.md.
 BENCHMARKS = step_overhead norm compile_time strategies scaling per_example
 
-.PHONY: help demo test test-library bench lint format notebooks docs reference clean
+.PHONY: help demo test test-library test-compilers bench accelerators compilers lint format notebooks docs reference clean
 
 help:  ## show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  PYTHON=python3.12     the interpreter (default: the first usable of python3, python3.14 … 3.11)"
 	@echo "  VENV=.venv-3.12       the environment directory"
@@ -43,6 +49,19 @@ bench: $(VENV)/.examples  ## measure this library beside its peers (20 minutes o
 	@for name in $(BENCHMARKS); do \
 	  $(BIN)/python benchmarks/$$name.py --out benchmarks/results $(ARGS) || exit; \
 	done
+
+test-compilers: compilers  ## run the tests of programs compiled for TPU and GPU
+	@$(TPU)/bin/python -m pytest tests/library/test_compilers.py $(ARGS)
+	@$(GPU)/bin/python -m pytest tests/library/test_compilers.py $(ARGS)
+
+accelerators: compilers  ## compile for TPU and GPU, without one, and write the page (30 minutes)
+	@$(TPU)/bin/python benchmarks/accelerators.py --tpu $(TPU)/bin/python --gpu $(GPU)/bin/python \
+	  --out benchmarks/results/accelerators.md $(ARGS)
+
+# Their jax, which is pinned, has wheels for Python 3.12 and newer.
+compilers:
+	@$(MAKE) --no-print-directory VENV=$(TPU) PYTHONS='$(COMPILED)' $(TPU)/.tpu
+	@$(MAKE) --no-print-directory VENV=$(GPU) PYTHONS='$(COMPILED)' $(GPU)/.gpu
 
 lint: $(VENV)/.dev  ## check style, format and types
 	@$(BIN)/ruff check .
@@ -77,7 +96,8 @@ clean:  ## remove the environments, the caches and the demo's output
 
 # A stamp in the environment says which dependency group is installed; a change of pyproject.toml
 # installs it again. pip knows groups from 25.1 on.
-$(VENV)/.test $(VENV)/.examples $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/.made
+GROUPS = test examples dev tpu gpu
+$(GROUPS:%=$(VENV)/.%): $(VENV)/.%: pyproject.toml | $(VENV)/.made
 	@echo "Installing gradclip-jax and the group $* into $(VENV); the first time takes a few minutes."
 	@$(PIP) install -qq 'pip>=25.1'
 	@$(PIP) install -qq -e . --group $* $(PINS)
@@ -87,7 +107,7 @@ $(VENV)/.made:
 	@if $(BIN)/python -c '$(USABLE)' 2>/dev/null && $(PIP) --version >/dev/null 2>&1; then \
 	  touch $@; exit; \
 	fi; \
-	for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
+	for python in $(or $(PYTHON),$(PYTHONS)); do \
 	  if $$python -c '$(USABLE)' 2>/dev/null; then \
 	    echo "Making $(VENV) with $$($$python -V)."; \
 	    $$python -m venv $(VENV) && touch $@; \
@@ -98,7 +118,7 @@ $(VENV)/.made:
 	  echo "PYTHON=$(PYTHON) is not a Python 3.11 or newer with the module venv:"; \
 	  $(PYTHON) -c 'import sys; print("it is Python", sys.version.split()[0]); import venv, ensurepip'; \
 	else \
-	  echo "No Python 3.11 or newer with the module venv was found as python3 or python3.11 … 3.14."; \
+	  echo "No Python 3.11 or newer with the module venv was found as one of: $(PYTHONS)."; \
 	fi >&2; \
 	echo "Install one (on Debian and Ubuntu with python3-venv) or name it: make PYTHON=/path/to/python3.12" >&2; \
 	exit 1

@@ -52,15 +52,20 @@ class Target(NamedTuple):
 
     def __str__(self) -> str:
         count = self.shape[0] * self.shape[1]
-        name = self.devices.partition(":")[0]
-        return name if count == 1 else f"{name}, {self.shape[0]} × {self.shape[1]}"
+        return self.kind if count == 1 else f"{self.kind}, {self.shape[0]} × {self.shape[1]}"
+
+    @property
+    def kind(self) -> str:
+        """The name of the chip."""
+        return self.devices.partition(":")[0]
 
     @property
     def compiler(self) -> str:
         """The environment that has it."""
-        return "gpu" if self.devices.partition(":")[0] in compiled.GPUS else "tpu"
+        return "gpu" if self.kind in compiled.GPUS else "tpu"
 
 
+KINDS = ("v5e", "v5p", "v6e", *compiled.GPUS)
 V5E, V5P, V6E = Target("v5e:2x2"), Target("v5p:2x2x1"), Target("v6e:2x2")
 H100, H200, B200 = Target("H100"), Target("H200"), Target("B200")
 EIGHT_V5E, V5E_4X4 = Target("v5e:2x4", (2, 4)), Target("v5e:4x4", (4, 4))
@@ -464,7 +469,9 @@ class Worker:
         for line in self.process.stdout:
             if line.startswith("RESULT "):
                 return json.loads(line.removeprefix("RESULT "))
-        status, self.process = self.process.wait(), None
+        with self.process as ended:
+            self.process = None
+        status = ended.returncode
         return f"> {LIMIT} s" if status == -signal.SIGXCPU else f"the compiler ended with {status}"
 
 
@@ -495,7 +502,8 @@ def measure(args: argparse.Namespace) -> str:
     names = harness.chosen("--only", args.only, SECTIONS)
     results, versions = read()
     lock = threading.Lock()
-    tasks = [task for name in names for task in SECTIONS[name]()]
+    kinds = harness.chosen("--targets", args.targets, KINDS)
+    tasks = [task for name in names for task in SECTIONS[name]() if task.target.kind in kinds]
     if args.missing:
         tasks = [task for task in tasks if task not in results]
 
@@ -521,11 +529,12 @@ def measure(args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--tpu", metavar="PYTHON", help="the interpreter that has libtpu")
     add("--gpu", metavar="PYTHON", help="the interpreter that has the CUDA plugin of jax")
     add("--only", default=",".join(SECTIONS), metavar="SECTIONS", help="of %(default)s")
+    add("--targets", default=",".join(KINDS), metavar="KINDS", help="of %(default)s")
     add("--missing", action="store_true", help="compile only what has no result")
     add("--out", type=Path, metavar="FILE", help="where to keep the page")
     add("--work", action="store_true", help=argparse.SUPPRESS)

@@ -16,8 +16,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # The compilers come with plugins that look for a device when jax first computes something.
-if not jax.config.jax_platforms:
-    jax.config.update("jax_platforms", "cpu")
+config: Any = jax.config
+if not config.jax_platforms:
+    config.update("jax_platforms", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no server of metadata to wait for
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
