@@ -238,7 +238,7 @@ def added(results: Results, tasks: Sequence[Task], show: Callable[[Facts], float
         return [cell(results, task, lambda f: digits(show(f))) for task in tasks] + [""]
     none, theirs, ours = (show(one) for one in found if isinstance(one, Facts))
     ratio = f"{(ours - none) / (theirs - none):.2f}" if theirs != none else ""
-    return [digits(none), f"{theirs - none:+,.4g}", f"{ours - none:+,.4g}", ratio]
+    return [digits(none), *(f"{x - none:+,.1f}".removesuffix(".0") for x in (theirs, ours)), ratio]
 
 
 def collectives(f: Facts) -> str:
@@ -275,7 +275,7 @@ def steps_table(results: Results) -> str:
             shown = [str(first.target), first.program, first.dtype]
             rows.append([*shown, *added(results, row, main), *megabytes, *rest, *waits])
         header = ["target", "program", "dtype", f"{unit}: none", "optax adds", "we add"]
-        header += ["ours / optax", "MB: none", "optax adds", "we add"]
+        header += ["we / optax", "MB: none", "optax adds", "we add"]
         header += ["fusions" if compiler == "tpu" else "conditionals", "CPU s to compile"]
         header += ["host waits, ours"] if compiler == "gpu" else []
         text += table(header, rows) + "\n"
@@ -392,7 +392,8 @@ makes of the same programs is in the page of `benchmarks/on_device.py`.
   bytes and the cycles of reductions; differences below 5 % of a step are allocation luck.
 * Kernels are fusions, copies and calls of libraries: on GPU the nodes of the CUDA graph.
 * MB are the bytes of HBM that the kernels read and write, as if no cache kept anything.
-* The host waits where a conditional, or a loop of unknown length, is not part of a CUDA graph.
+* The host waits where a conditional, or a loop of unknown length, is not part of a CUDA graph. With
+  CUDA before 12.3 and on ROCm no conditional is part of one.
 * CPU seconds are those to trace, lower and compile; ± 30 %. The autotuner of the GPU compiler is
   off, for it needs a device.
 """
