@@ -60,8 +60,8 @@ accelerators: compilers  ## compile for TPU and GPU, without one, and write the 
 
 # Their jax, which is pinned, has wheels for Python 3.12 and newer.
 compilers:
-	@$(MAKE) --no-print-directory VENV=$(TPU) PYTHONS='$(COMPILED)' $(TPU)/.tpu
-	@$(MAKE) --no-print-directory VENV=$(GPU) PYTHONS='$(COMPILED)' $(GPU)/.gpu
+	@$(MAKE) -s VENV=$(TPU) PYTHONS='$(COMPILED)' $(TPU)/.tpu
+	@$(MAKE) -s VENV=$(GPU) PYTHONS='$(COMPILED)' $(GPU)/.gpu
 
 lint: $(VENV)/.dev  ## check style, format and types
 	@$(BIN)/ruff check .
