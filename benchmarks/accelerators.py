@@ -258,6 +258,10 @@ def steps_table(results: Results) -> str:
         rows = []
         for first in (task for task in of_rows if task.target.compiler == compiler):
             row = [first._replace(variant=name) for name in programs.CLIPS]
+            shown = [str(first.target), first.program, first.dtype]
+            if not any(task in results for task in row):
+                rows.append([*shown, "not compiled", *[""] * (8 if compiler == "tpu" else 9)])
+                continue
 
             def main(f: Facts, tpu: bool = compiler == "tpu") -> float:
                 return f.cycles / 1e3 if tpu else f.kernels
@@ -272,7 +276,6 @@ def steps_table(results: Results) -> str:
             megabytes = added(results, row, lambda f: f.bytes / 1e6)[:3]
             waits = [cell(results, row[-1], lambda f: f.host_synchronizations)]
             waits = waits if compiler == "gpu" else []
-            shown = [str(first.target), first.program, first.dtype]
             rows.append([*shown, *added(results, row, main), *megabytes, *rest, *waits])
         header = ["target", "program", "dtype", f"{unit}: none", "optax adds", "we add"]
         header += ["we / optax", "MB: none", "optax adds", "we add"]
@@ -360,7 +363,8 @@ TEXTS: dict[str, tuple[str, str, Callable[[Results], str]]] = {
         "Strategies",
         "Each with its defaults, or limited to 1, before AdamW. The tree is a GPT-2 of 2 layers "
         "with 28 leaves, on meshes split along both axes. Collectives after a plus are in branches "
-        "that run after an overflow or underflow of squares alone.",
+        "that run after an overflow or underflow of squares alone. XLA reduces sums of leaves that "
+        "are split along the same axes in another order apart.",
         strategies_table,
     ),
     "guards": (
@@ -391,7 +395,8 @@ makes of the same programs is in the page of `benchmarks/on_device.py`.
   its fusion cheaper although its bytes still move. Of a loop the body counts once. Trust fusions,
   bytes and the cycles of reductions; differences below 5 % of a step are allocation luck.
 * Kernels are fusions, copies and calls of libraries: on GPU the nodes of the CUDA graph.
-* MB are the bytes of HBM that the kernels read and write, as if no cache kept anything.
+* MB are the bytes of HBM that the kernels read and write, as if no cache kept anything. On TPU
+  what the compiler keeps in VMEM between two kernels is not among them.
 * The host waits where a conditional, or a loop of unknown length, is not part of a CUDA graph. With
   CUDA before 12.3 and on ROCm no conditional is part of one.
 * CPU seconds are those to trace, lower and compile; ± 30 %. The autotuner of the GPU compiler is
