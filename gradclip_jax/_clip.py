@@ -428,7 +428,8 @@ def overwritten(old: Any, new: Any) -> Any:
 
     def over(old: Any, new: jax.Array) -> jax.Array:
         known = jnp.asarray(old)
-        return _either(known, new) if jax.typeof(known) == jax.typeof(new) else new
+        is_alike = jax.typeof(known) == jax.typeof(new) and new.size == 1
+        return _either(known, new) if is_alike else new
 
     return jax.tree.map(over, old, new)
 

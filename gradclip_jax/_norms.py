@@ -29,8 +29,6 @@ from ._safe import SafeRange, norm_of_sum, sum_of_squares
 Axes = int | tuple[int, ...] | Callable[[str, Any], int | tuple[int, ...] | None] | None
 """Axes that one unit spans: see `unit_norms`."""
 
-_FUSED = 16  # small leaves of one shape that one kernel reads
-
 
 def global_norm(tree: Any, *, order: float = 2, axis_name: AxisName = None) -> jax.Array:
     r"""Norm of all leaves together, as if they were one long vector.
@@ -231,8 +229,7 @@ def _measure(
         MeshAxes(reduced_axes(path, leaf, given, over, checked), tuple(sorted(varying_axes(leaf))))
         for path, leaf, given, over in of_leaf
     )
-    fused = _FUSED if dims is None and unsplit(measured.leaves) else 1
-    plan = Plan(measured.leaves, axes, mesh_axes, groups, fused)
+    plan = Plan(measured.leaves, axes, mesh_axes, groups, is_unsharded=unsplit(measured.leaves))
     return norms_of_groups(plan, order=order)
 
 

@@ -175,11 +175,16 @@ def _signs(x: jax.Array, raises: jax.Array, fixed: bool) -> jax.Array:
 
 
 def _zero(x: jax.Array) -> jax.Array:
-    """0 for `x` of no negative number, which XLA does not know.
+    """0 for `x` of no negative number, which XLA does not know on TPU.
 
-    It unrolls a loop of a known length for TPU, and compiles each of its products as often.
+    There it unrolls a loop of a known length, and compiles each of its products as often; for one
+    of unknown length a GPU waits for the host.
     """
-    return jnp.minimum(jnp.min(jnp.sign(x)), 0).astype(jnp.int32)
+
+    def unknown(x: jax.Array) -> jax.Array:
+        return jnp.minimum(jnp.min(jnp.sign(x)), 0).astype(jnp.int32)
+
+    return jax.lax.platform_dependent(x, tpu=unknown, default=lambda x: 0 * unknown(x))
 
 
 def _norm(x: jax.Array) -> jax.Array:

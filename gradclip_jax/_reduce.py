@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,7 @@ from ._safe import (
 
 _SMALL = 2**14  # elements of a leaf
 _ROW = 64  # elements of a last axis that a kernel may reduce alone
+_LONG_ROW = 2**12  # elements that a GPU still reduces by one kernel
 _FUSED_ON_GPU = 64  # small leaves of one shape that one kernel reads
 
 Kernel = Callable[..., Any]
@@ -65,6 +66,7 @@ class Plan:
       axes: Of each leaf the axes to reduce, which are kept with size one; None: all, not kept.
       mesh_axes: Of each leaf.
       groups: Of each group the positions of its leaves.
+      is_unsharded: Whether it is known that each leaf lies in the memory of one device.
       fused: How many small leaves of one shape one kernel may read.
       barrier: Whether the reduction shares nothing with what else is computed of the leaves.
     """
@@ -73,7 +75,8 @@ class Plan:
     axes: tuple[tuple[int, ...] | None, ...] = _static()
     mesh_axes: tuple[MeshAxes, ...] = _static()
     groups: tuple[tuple[int, ...], ...] = _static()
-    fused: int = _static(default=1)
+    is_unsharded: bool = _static(default=False)
+    fused: int = _static(default=16)
     barrier: bool = _static(default=False)
 
     @property
@@ -104,7 +107,7 @@ class Plan:
         self,
         kernel: Kernel,
         shards: Sequence[Shard],
-        numbers: Sequence[Any] | None = None,
+        numbers: Mapping[int, Any] | Sequence[Any] | None = None,
         join: Any = jnp.add,
         empty: Any = 0.0,
     ) -> list[Any]:
@@ -134,9 +137,11 @@ class Plan:
         parts = []
         for batch in batches:
             leaf = self.leaves[batch[0]]
-            is_large = leaf.size > _SMALL and leaf.ndim > 1 and leaf.shape[-1] >= _ROW
-            axes = (leaf.ndim - 1,) if is_large else None
-            parts.append(jax.tree.map(jnp.ravel, self._batch(kernel, batch, (), axes)))
+            if leaf.size > _SMALL and leaf.ndim > 1 and leaf.shape[-1] >= _ROW:
+                of_rows = kernel(_in_longer_rows(leaf), axes=(leaf.ndim - 1, leaf.ndim))
+                parts.append(jax.tree.map(jnp.ravel, of_rows))
+            else:
+                parts.append(jax.tree.map(jnp.ravel, self._batch(kernel, batch, (), None)))
         joined = jax.tree.map(lambda *of_parts: jnp.concatenate(of_parts), *parts)
         return sums_of(unshared(joined))
 
@@ -172,11 +177,17 @@ class Plan:
         for i in members:
             kind = jax.typeof(self.leaves[i])
             known = last.get(kind)
-            if known is None or len(known) == self.fused or kind.size > _SMALL:
+            if known is None or len(known) == self.fused or not self._may_be_fused(i):
                 known = last[kind] = []
                 batches.append(known)
             known.append(i)
         return batches
+
+    def _may_be_fused(self, i: int) -> bool:
+        # Vectors are replicated or sharded alike: to add them moves none to another device.
+        leaf = self.leaves[i]
+        is_alike = self.is_unsharded or (leaf.ndim < 2 and not in_host_memory(leaf))
+        return is_alike and self.axes[i] is None and leaf.size <= _SMALL
 
     def _apart(self, x: Any) -> Any:
         return unshared(x) if self.barrier else x
@@ -289,13 +300,14 @@ def in_one_read(plan: Plan) -> list[jax.Array]:
     plain, up, down = zip(*sums, strict=True) if sums else ((), (), ())
     counts = [jnp.full_like(of, size) for of, size in zip(plain, sizes, strict=True)]
     rows = zip(*map(in_rows, (plain, up, down, counts)), strict=True)
-    return out_of_rows([_norm_of_three(*row) for row in rows], plain)
+    # Else each kernel that reads a norm adds the sums of all leaves again.
+    return out_of_rows(unshared([_norm_of_three(*row) for row in rows]), plain)
 
 
 def _three_sums(plan: Plan, shards: Sequence[Shard]) -> list[Any]:
-    if plan.fused == 1:
-        return plan.on_this_device(three_sums_of_squares, shards, empty=(0.0,) * 3)
     plan = dataclasses.replace(plan, fused=_FUSED_ON_GPU)
+    if not plan.is_unsharded:
+        return plan.on_this_device(three_sums_of_squares, shards, empty=(0.0,) * 3)
     return [plan.by_rows(three_sums_of_squares, shard) for shard in shards]
 
 
@@ -303,6 +315,13 @@ def _norm_of_three(plain: jax.Array, up: jax.Array, down: jax.Array, count: Any)
     """The norm from the exact one of three sums."""
     scale = SafeRange(plain.dtype).scale(plain, count)
     return norm_of_sum(jnp.where(scale < 1, down, jnp.where(scale > 1, up, plain)), scale)
+
+
+def _in_longer_rows(x: jax.Array) -> jax.Array:
+    """A leaf of rank 2 or more, some of its rows in each matrix of a stack."""
+    room = max(_LONG_ROW // x.shape[-1], 1)
+    count = math.gcd(x.shape[-2], 2 ** (room.bit_length() - 1))
+    return x.reshape(*x.shape[:-2], x.shape[-2] // count, count, x.shape[-1])
 
 
 def unshared(tree: Any) -> Any:

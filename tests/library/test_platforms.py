@@ -119,6 +119,6 @@ def test_large_leaves_of_one_device_are_summed_by_rows():
     """A leaf of that size alone takes two kernels, and the second one is shared."""
     tree = {"a": 3 * jnp.ones((160, 128)), "b": jnp.full((4, 64, 128), 4e25), "c": jnp.ones(7)}
     norm = global_norm(tree)
-    assert float(norm) == pytest.approx(4e25 * np.sqrt(4 * 64 * 128), rel=1e-6)
+    assert float(norm) == pytest.approx(4e25 * np.sqrt(4 * 64 * 128), rel=1e-5)
     tree["b"] = jnp.full((4, 64, 128), 1e-25)
-    assert float(global_norm(tree)) == pytest.approx(np.sqrt(9 * 160 * 128 + 7), rel=1e-6)
+    assert float(global_norm(tree)) == pytest.approx(np.sqrt(9 * 160 * 128 + 7), rel=1e-5)
