@@ -270,12 +270,12 @@ TREES: dict[str, Callable[[], Tree]] = {
 }
 TRANSFORMER = decoder(2, WIDTH, VOCABULARY, output=(WIDTH, VOCABULARY))
 LSTM = lstm_layer(WIDTH, VOCABULARY)
-PROGRAMS: dict[str, Callable[[str, optax.GradientTransformation | None], Program]] = {
+PROGRAMS: dict[str, Callable[..., Program]] = {
     "matmul step": matmul_step,
     "Transformer step": functools.partial(language_model, TRANSFORMER, transformer, 8, 256),
     "LSTM step": functools.partial(language_model, LSTM, lstm, 32, 32),
     **{
-        f"update of {name}": lambda dtype, clip, tree=tree: update(tree(), dtype, clip)
+        f"update of {name}": lambda *args, tree=tree, **kwargs: update(tree(), *args, **kwargs)
         for name, tree in TREES.items()
     },
 }

@@ -190,7 +190,12 @@ class Plan:
         return is_alike and self.axes[i] is None and leaf.size <= _SMALL
 
     def _apart(self, x: Any) -> Any:
-        return unshared(x) if self.barrier else x
+        """`x`, but what is computed of it is shared with nothing else that is computed of it.
+
+        The squares of gradients are in the optimizer, too: XLA would keep them for it, or a
+        float32 copy of bfloat16, or a factor broadcast to the shape of several leaves.
+        """
+        return jax.lax.optimization_barrier(x) if self.barrier else x
 
 
 # Called eagerly this is one cached program for each tree structure; inside a trace it inlines.
@@ -325,11 +330,7 @@ def _in_longer_rows(x: jax.Array) -> jax.Array:
 
 
 def unshared(tree: Any) -> Any:
-    """The arrays, computed of which nothing is shared with what else is computed of them.
-
-    The squares of gradients are in the optimizer, too: XLA would keep them for it, or a float32
-    copy of bfloat16, or a factor broadcast to the shape of several leaves.
-    """
+    """The arrays of a tree, each computed once, and not again in each kernel that reads it."""
     # One barrier for all of them would give all of them the mesh axes of each.
     return jax.tree.map(jax.lax.optimization_barrier, tree)
 
