@@ -13,7 +13,14 @@ import optax
 from ._checks import accepts, takes
 from ._devices import AxisName, any_device, check_averaged, filled_like, manual_axes, varying_like
 from ._export import exportable
-from ._leaves import GroupNorms, in_rows, is_gradient, norm_dtype, out_of_rows, spread
+from ._leaves import (
+    GroupNorms,
+    broadcast_norms,
+    is_gradient,
+    norm_dtype,
+    stacked_scalars,
+    unstacked_scalars,
+)
 from ._limits import Limit, as_limit, observe, observe_each
 from ._norms import global_norm
 from ._reduce import unshared
@@ -338,7 +345,7 @@ def hold(
     flat, treedef = jax.tree.flatten(norms)
     check_norms(norms, state)
     leaves, tree = jax.tree.flatten(updates)
-    index = spread(treedef.unflatten(range(len(flat))), updates)
+    index = broadcast_norms(treedef.unflatten(range(len(flat))), updates)
     held = [i for i, leaf in enumerate(leaves) if is_gradient(leaf) and index[i] is not None]
     arrays, clip_limits, clip_factors, flags = _held(
         [leaves[i] for i in held],
@@ -371,17 +378,17 @@ def _held(leaves, norms, limits, *, index, response, on_nonfinite):
     limits = [varying_like(limit, norm) for limit, norm in zip(limits, norms, strict=True)]
     of_norm = [jnp.broadcast_to(limit, n.shape) for n, limit in zip(norms, limits, strict=True)]
     # Else XLA copies each constant limit to the state by a kernel of its own.
-    limit_rows, norm_rows = unshared(in_rows(of_norm)), in_rows(norms)
+    limit_rows, norm_rows = unshared(stacked_scalars(of_norm, norms)), stacked_scalars(norms)
     rows = list(zip(norm_rows, limit_rows, strict=True))
     clipped = _any([jnp.any(jnp.isfinite(norm) & (norm > limit)) for norm, limit in rows])
     flags = jnp.stack([clipped, _any([jnp.any(~jnp.isfinite(norm)) for norm in norm_rows])])
     fill = jnp.nan if on_nonfinite == "propagate" else 0.0
     found = [_factors(norm, limit, response, fill) for norm, limit in rows]
-    first, second, whole = ([of_row[part] for of_row in found] for part in range(3))
-    first, second, whole, limits = (
-        out_of_rows(of_rows, norms) for of_rows in (first, second, whole, limit_rows)
+    scale, power, whole = ([of_row[part] for of_row in found] for part in range(3))
+    scale, power, whole, limits = (
+        unstacked_scalars(of_rows, norms) for of_rows in (scale, power, whole, limit_rows)
     )
-    leaves = rescale(leaves, [first[i] for i in index], [second[i] for i in index])
+    leaves = rescale(leaves, [scale[i] for i in index], [power[i] for i in index])
     return leaves, limits, whole, flags
 
 
@@ -390,8 +397,8 @@ def _factors(norm, limit, response, fill):
     finite = jnp.isfinite(norm)
     # Zero times the derivative of a response at NaN would be NaN.
     factor, power = factors(jnp.where(finite, norm, 0), limit, response)
-    first = jnp.where(finite, factor, fill).astype(norm.dtype)
-    return first, power, first * power
+    scale = jnp.where(finite, factor, fill).astype(norm.dtype)
+    return scale, power, scale * power
 
 
 def record(

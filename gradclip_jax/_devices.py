@@ -12,7 +12,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ._leaves import of_leaves, path_name
+from ._leaves import broadcast_prefix, path_name
 from ._memory import in_host_memory
 
 AxisName = Any
@@ -54,13 +54,13 @@ def partly_manual() -> bool:
     return 0 < len(mesh.manual_axes) < len(mesh.axis_names)
 
 
-def types_tell() -> bool:
+def vma_checked() -> bool:
     """Whether `shard_map` checks types here (`check_vma=True`), so that they can be believed."""
     axes = manual_axes()
     return bool(axes) and bool(varying_axes(jax.lax.axis_index(axes[0])))
 
 
-def unsplit(leaves: Sequence[Any]) -> bool:
+def is_unsharded(leaves: Sequence[Any]) -> bool:
     """Whether it is known that each leaf lies in the memory of one device.
 
     Of what is traced the compiler decides later how it is split, unless there is one device only
@@ -87,7 +87,7 @@ def per_leaf(axis_name: AxisName, tree: Any) -> list[Any]:
             f"got {axis_name!r}."
         )
     rule = "`axis_name` must be a prefix pytree of the updates"
-    specs = of_leaves(axis_name, tree, rule, is_leaf=_is_spec)
+    specs = broadcast_prefix(axis_name, tree, rule, is_leaf=_is_spec)
     return [PartitionSpec() if spec is None else spec for spec in specs]
 
 
@@ -152,7 +152,7 @@ def check_averaged(updates: Any, params: Any) -> None:
 
     Params of another structure (of `optax.lookahead`, say) tell nothing of the gradients.
     """
-    if not types_tell():
+    if not vma_checked():
         return
     named, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=lambda x: x is None)
     try:
@@ -180,7 +180,7 @@ def axis_size(axes: Iterable[str]) -> int:
 
 def any_device(flags: jax.Array, axis_name: AxisName) -> jax.Array:
     """Elementwise or of boolean `flags` over the devices that may hold different ones."""
-    if types_tell():
+    if vma_checked():
         axes = varying_axes(flags)
     else:
         specs = jax.tree.leaves(axis_name, is_leaf=_is_spec)
@@ -193,7 +193,7 @@ def any_device(flags: jax.Array, axis_name: AxisName) -> jax.Array:
 def split_along(norms: Any, axis_name: AxisName) -> tuple[tuple[str, ...], ...]:
     """Mesh axes along which devices hold different entries of each array of norms."""
     leaves = jax.tree.leaves(norms)
-    if types_tell():
+    if vma_checked():
         axes = [varying_axes(leaf) for leaf in leaves]
     else:
         axes = [frozenset(_names(given or ())) for given in per_leaf(axis_name, norms)]
@@ -228,22 +228,22 @@ def mesh_of(tree: Any) -> contextlib.AbstractContextManager[Any]:
     return jax.set_mesh(split[0].sharding.mesh)
 
 
-def row_shards(x: Any) -> int:
+def shards_of_axis0(x: Any) -> int:
     """Into how many parts explicit mesh axes split the first dimension."""
     sharding = jax.typeof(x).sharding
     return math.prod(sharding.mesh.shape[name] for name in _names(sharding.spec[:1]))
 
 
-def with_all_rows(x: jax.Array) -> jax.Array:
+def replicate_axis0(x: jax.Array) -> jax.Array:
     """`x`, its first dimension no longer split by explicit mesh axes."""
     sharding = jax.typeof(x).sharding
-    if row_shards(x) == 1:
+    if shards_of_axis0(x) == 1:
         return x
     spec = PartitionSpec(None, *sharding.spec[1:])
     return jax.sharding.reshard(x, sharding.update(spec=spec))
 
 
-def with_whole_matrices(x: jax.Array) -> jax.Array:
+def replicate_matrices(x: jax.Array) -> jax.Array:
     """`x`, its last two dimensions no longer split by explicit mesh axes.
 
     jax decomposes no matrix that they split, and multiplies few; under automatic axes the
@@ -256,13 +256,13 @@ def with_whole_matrices(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, sharding.update(spec=spec))
 
 
-def split_again(x: jax.Array, origin: jax.Array) -> jax.Array:
+def reshard_like(x: jax.Array, origin: jax.Array) -> jax.Array:
     """What came of the whole matrices of `origin`, split by explicit mesh axes as that is."""
     sharding = jax.typeof(origin).sharding
     return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
 
 
-def split_as(x: jax.Array, *dimensions: tuple[jax.Array, int]) -> Any:
+def out_sharding_of(x: jax.Array, *dimensions: tuple[jax.Array, int]) -> Any:
     """The `out_sharding` of an array whose dimensions are split as these dimensions of arrays.
 
     The explicit mesh axes are those of `x`; None if it has none: then the compiler decides.

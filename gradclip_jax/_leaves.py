@@ -19,7 +19,7 @@ _ROW = 32  # scalars that one kernel reads
 
 
 class GroupNorms(dict):
-    """Norms by label, with the label of every leaf: what `spread` needs to give them back."""
+    """Norms by label, and the label of every leaf, which `broadcast_norms` needs."""
 
     def __init__(self, norms: Any, *, labels: tuple[Any, ...]):
         """Keep the norms, and the labels of all leaves in the order of the tree."""
@@ -46,18 +46,19 @@ with contextlib.suppress(ValueError):  # of a module that is loaded again
     )
 
 
-def spread(norms: Any, tree: Any) -> list[Any]:
+def broadcast_norms(norms: Any, tree: Any) -> list[Any]:
     """Give every leaf of `tree` the entry of `norms`, a prefix of it, that covers the leaf."""
     if isinstance(norms, GroupNorms):
         return [norms.get(label) for label in norms.labels]
     rule = "`measure` must return norms whose tree is a prefix of the updates"
-    return of_leaves(norms, tree, rule, is_leaf=lambda x: x is None)
+    return broadcast_prefix(norms, tree, rule, is_leaf=lambda x: x is None)
 
 
 def leaf_labels(labels: Any, tree: Any) -> tuple[Any, ...]:
     """The label of every leaf of `tree`, from a prefix pytree of labels or a callable."""
     given = labels(tree) if is_function(labels) else labels
-    of_leaf = tuple(of_leaves(given, tree, f"`labels` must cover the tree of the updates ({_FIX})"))
+    rule = f"`labels` must cover the tree of the updates ({_FIX})"
+    of_leaf = tuple(broadcast_prefix(given, tree, rule))
     for label in of_leaf:
         if not isinstance(label, Hashable):
             raise ValueError(f"`labels` must be strings or numbers, got {label!r}: {_FIX}.")
@@ -105,15 +106,23 @@ def scalar_rows(arrays: Sequence[jax.Array]) -> list[list[int]]:
     return [of[i : i + _ROW] for of in of_type.values() for i in range(0, len(of), _ROW)]
 
 
-def in_rows(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Single numbers as short vectors, then the other arrays: for what is computed of all."""
-    rows = [[arrays[i] for i in row] for row in scalar_rows(arrays)]
-    stacked = [jnp.stack(row) if len(row) > 1 else row[0] for row in rows]
-    return stacked + [array for array in arrays if jnp.size(array) != 1]
+def stacked_scalars(
+    arrays: Sequence[jax.Array], like: Sequence[jax.Array] | None = None
+) -> list[jax.Array]:
+    """Single numbers as short vectors, then the other arrays: for what is computed of all.
+
+    Those that stand where `like` has single numbers of one type share a vector.
+    """
+    rows = scalar_rows(arrays if like is None else like)
+    stacked = [
+        jnp.stack([arrays[i] for i in row]) if len(row) > 1 else arrays[row[0]] for row in rows
+    ]
+    alone = set(range(len(arrays))).difference(*rows)
+    return stacked + [arrays[i] for i in sorted(alone)]
 
 
-def out_of_rows(rows: Sequence[jax.Array], like: Sequence[jax.Array]) -> list[jax.Array]:
-    """What became of each of `like` in its row of `in_rows(like)`."""
+def unstacked_scalars(rows: Sequence[jax.Array], like: Sequence[jax.Array]) -> list[jax.Array]:
+    """What became of each of `like` in its row of `stacked_scalars(like)`."""
     of_rows = scalar_rows(like)
     others = iter(rows[len(of_rows) :])
     result = [array if jnp.size(array) == 1 else next(others) for array in like]
@@ -123,7 +132,7 @@ def out_of_rows(rows: Sequence[jax.Array], like: Sequence[jax.Array]) -> list[ja
     return result
 
 
-def of_leaves(
+def broadcast_prefix(
     prefix: Any, tree: Any, rule: str, is_leaf: Callable[[Any], bool] | None = None
 ) -> list[Any]:
     """For every leaf of `tree` the entry of `prefix`, a prefix of it, that covers the leaf."""

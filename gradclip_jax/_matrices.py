@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._devices import AxisName, per_leaf, reduced_axes, types_tell
+from ._devices import AxisName, per_leaf, reduced_axes, vma_checked
 from ._leaves import is_gradient, path_name
 from ._norms import unit_norms
 
@@ -23,7 +23,7 @@ def matrix_norms(updates: Any, *, axis_name: AxisName = None) -> Any:
 def check_whole_matrices(updates: Any, axis_name: AxisName) -> None:
     """Raise when devices hold parts of matrices: singular values are those of a whole one."""
     named = jax.tree_util.tree_leaves_with_path(updates)
-    checked = types_tell()
+    checked = vma_checked()
     for (path, leaf), given in zip(named, per_leaf(axis_name, updates), strict=True):
         if not is_gradient(leaf) or jnp.ndim(leaf) < 2:
             continue
@@ -34,17 +34,6 @@ def check_whole_matrices(updates: Any, axis_name: AxisName) -> None:
                 f"{list(axes)}, and a part does not tell singular values. Gather it first "
                 "(`jax.lax.all_gather`), or clip under `jit` with shardings."
             )
-
-
-def powers_near(norm: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two powers of two whose product is near 1 / norm; for one that is 0 or not finite, ones.
-
-    Of both and of their inverses none is flushed, as the inverse of the product itself would be.
-    """
-    norm = jax.lax.stop_gradient(norm)
-    exponent = jnp.frexp(jnp.where(jnp.isfinite(norm) & (norm != 0), norm, 1))[1]
-    one = jnp.ones_like(norm)
-    return jnp.ldexp(one, -(exponent // 2)), jnp.ldexp(one, exponent // 2 - exponent)
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -20,19 +20,19 @@ def changed_in_place(f: Callable[..., jax.Array], x: jax.Array, *numbers: jax.Ar
     return _in_place(f, jax.memory.Space.Host, x, *numbers)
 
 
-def beside(number: float, x: jax.Array) -> jax.Array:
+def constant_like(number: float, x: jax.Array) -> jax.Array:
     """A number in the dtype and the memory of `x`: constants are on the device."""
     array = jax.numpy.asarray(number, x.dtype)
-    return back(array, x)
+    return to_memory_of(array, x)
 
 
-def on_device(x: Any) -> jax.Array:
+def to_device(x: Any) -> jax.Array:
     """A leaf on the device, also if host memory holds it: for what cannot be computed there."""
     x = jax.numpy.asarray(x)
     return jax.device_put(x, jax.memory.Space.Device) if in_host_memory(x) else x
 
 
-def back(x: jax.Array, origin: Any) -> jax.Array:
+def to_memory_of(x: jax.Array, origin: Any) -> jax.Array:
     """What came of a leaf, in the memory that holds the leaf."""
     return jax.device_put(x, jax.memory.Space.Host) if in_host_memory(origin) else x
 
@@ -42,7 +42,7 @@ def _in_place(
 ) -> jax.Array:
     if not in_host_memory(x):
         return f(x, *numbers)
-    there = [back(number, x) for number in numbers]
+    there = [to_memory_of(number, x) for number in numbers]
     return _computed_on(f, compute_type="device_host", out_memory_spaces=space)(x, *there)
 
 

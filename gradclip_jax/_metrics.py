@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from ._clip import ClipState, NonfiniteState
 from ._devices import AxisName, axis_size, smallest_over_devices, split_along, sum_over_devices
 from ._guards import SkipState
-from ._leaves import in_rows, path_name
+from ._leaves import path_name, stacked_scalars
 from ._norms import global_norm
 
 
@@ -136,7 +136,9 @@ def _of_groups(norms, limits, factors, *, axes):
     counted = [(jnp.zeros((), jnp.int32), 0)]
     for names in dict.fromkeys(axes):
         here = [i for i, along in enumerate(axes) if along == names]
-        pairs = zip(*(in_rows([of[i] for i in here]) for of in (norms, limits)), strict=True)
+        like = [norms[i] for i in here]
+        rows = (stacked_scalars([of[i] for i in here], like) for of in (norms, limits))
+        pairs = zip(*rows, strict=True)
         above = [
             jnp.sum(jnp.isfinite(norm) & (norm > limit), dtype=jnp.int32) for norm, limit in pairs
         ]
@@ -213,12 +215,12 @@ def _joint_norm(norms: list[jax.Array], axes: tuple[tuple[str, ...], ...]) -> ja
     if len(norms) == 1 and norms[0].ndim == 0:
         return norms[0]
     if not any(axes):
-        return global_norm(in_rows(norms), axis_name=())
+        return global_norm(stacked_scalars(norms), axis_name=())
     return global_norm(norms, axis_name=[PartitionSpec(names or None) for names in axes])
 
 
 def _smallest(values: list[jax.Array], default: float) -> jax.Array:
     if len(values) == 1 and values[0].ndim == 0:
         return values[0]
-    smallest = [jnp.min(value, initial=jnp.inf) for value in in_rows(values) if value.size]
+    smallest = [jnp.min(value, initial=jnp.inf) for value in stacked_scalars(values) if value.size]
     return jnp.min(jnp.stack(smallest)) if smallest else jnp.asarray(default, jnp.float32)

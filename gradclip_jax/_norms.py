@@ -15,16 +15,16 @@ import jax.numpy as jnp
 from ._devices import (
     AxisName,
     axis_size,
+    is_unsharded,
     per_leaf,
     reduced_axes,
-    types_tell,
-    unsplit,
     varying_axes,
+    vma_checked,
     whole_shape,
 )
 from ._leaves import GroupNorms, is_gradient, leaf_labels, path_name
 from ._reduce import MeshAxes, Plan, norms_of_groups, with_finite_derivative
-from ._safe import SafeRange, norm_of_sum, sum_of_squares
+from ._safe import SafeRange, norm_from_sum, sum_of_squares
 
 Axes = int | tuple[int, ...] | Callable[[str, Any], int | tuple[int, ...] | None] | None
 """Axes that one unit spans: see `unit_norms`."""
@@ -150,7 +150,7 @@ def group_norms(
 def leaf_sizes(tree: Any, *, axis_name: AxisName = None) -> Any:
     """Number of elements of each leaf that `leaf_norms` counts, over all devices that hold it."""
     measured = _flatten(tree, axis_name)
-    checked = types_tell()
+    checked = vma_checked()
     return measured.unflatten(
         [
             leaf.size * axis_size(reduced_axes(path, leaf, given, None, checked))
@@ -223,13 +223,15 @@ def _measure(
     """Norms of groups of leaves; with `dims`, of each leaf over these axes, which are kept."""
     order = check_order(order)
     axes = (None,) * len(measured.leaves) if dims is None else dims
-    checked = types_tell()
+    checked = vma_checked()
     of_leaf = zip(measured.paths, measured.leaves, measured.given, axes, strict=True)
     mesh_axes = tuple(
         MeshAxes(reduced_axes(path, leaf, given, over, checked), tuple(sorted(varying_axes(leaf))))
         for path, leaf, given, over in of_leaf
     )
-    plan = Plan(measured.leaves, axes, mesh_axes, groups, is_unsharded=unsplit(measured.leaves))
+    plan = Plan(
+        measured.leaves, axes, mesh_axes, groups, is_unsharded=is_unsharded(measured.leaves)
+    )
     return norms_of_groups(plan, order=order)
 
 
@@ -245,6 +247,6 @@ def norms_of_examples(x: jax.Array) -> jax.Array:
         squares = functools.partial(sum_of_squares, axes=tuple(range(1, x.ndim)))
         plain = squares(x)
         scale = SafeRange(plain.dtype).scale(plain, math.prod(x.shape[1:]))
-        return norm_of_sum(squares(x, scale), scale).ravel()
+        return norm_from_sum(squares(x, scale), scale).ravel()
 
     return with_finite_derivative(norms, norms, [x])

@@ -13,7 +13,8 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from ._matrices import adjoint, identities, powers_near, product, quintic, scaled
+from ._matrices import adjoint, identities, product, quintic, scaled
+from ._safe import powers_near
 
 # RAISE is minimax from 0.0083 to 1: it raises small values 4.2 times, to 0.02 those of STARTS[i] in
 # i steps, and holds all below 1. The steps from 0.02 on are minimax from 1.5 times what a limit of

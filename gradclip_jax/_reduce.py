@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._devices import axis_size, partly_manual
-from ._leaves import in_rows, norm_dtype, out_of_rows
-from ._memory import beside, changed_in_place, in_host_memory, reduced_in_place
+from ._leaves import norm_dtype, stacked_scalars, unstacked_scalars
+from ._memory import changed_in_place, constant_like, in_host_memory, reduced_in_place
 from ._safe import (
     Axes,
     SafeRange,
-    inverse_power_of_two,
     largest_modulus,
     largest_modulus_on_cpu,
-    norm_of_bins,
-    norm_of_sum,
+    norm_from_bins,
+    norm_from_sum,
+    powers_near,
     safe_power,
     sum_of_moduli,
     sum_of_powers,
@@ -238,7 +238,7 @@ def with_finite_derivative(measure: Any, differentiable: Any, leaves: Sequence[j
     """
 
     def finite_part(x):
-        return jnp.where(jnp.isfinite(x), x, beside(0, x))
+        return jnp.where(jnp.isfinite(x), x, constant_like(0, x))
 
     def derivative(primals, tangents):
         (leaves,), (moved,) = primals, tangents
@@ -257,7 +257,7 @@ def _norms(plan: Plan, order: float, largest: Kernel = largest_modulus) -> list[
         case math.inf:
             return plan.max(largest)
     norms = plan.max(largest)
-    scales = [inverse_power_of_two(jax.lax.stop_gradient(norm)) for norm in norms]
+    scales = [powers_near(norm) for norm in norms]
     sums = plan.sum(functools.partial(sum_of_powers, order=order), scales)
     roots = [safe_power(total, 1 / order) for total in sums]
     # Not `root / first / second`: XLA makes that `root / (first * second)`, which overflows.
@@ -270,9 +270,9 @@ def _norms(plan: Plan, order: float, largest: Kernel = largest_modulus) -> list[
 def by_branch(plan: Plan, branch: bool = True) -> list[jax.Array]:
     """Norms of order 2 by a plain sum, and a second read only where that is not safe."""
     if not any(split.reduced for split in plan.mesh_axes) and len(plan.shards) == len(plan.groups):
-        return [norm_of_sum(*of_group) for of_group in _exact_sums(plan, plan.shards, branch)]
+        return [norm_from_sum(*of_group) for of_group in _exact_sums(plan, plan.shards, branch)]
     bins = plan.over_devices(functools.partial(_bins, plan, branch=branch), jax.lax.psum, jnp.add)
-    return [norm_of_bins(of_group) for of_group in bins]
+    return [norm_from_bins(of_group) for of_group in bins]
 
 
 in_two_reads = functools.partial(by_branch, branch=False)
@@ -288,8 +288,8 @@ def in_float64(plan: Plan) -> list[jax.Array]:
         return in_two_reads(plan)
     with jax.enable_x64(True):
         sums = plan.sum(sum_of_squares)
-        roots = [safe_power(row, 0.5) for row in in_rows(sums)]
-        return out_of_rows([jax.lax.convert_element_type(row, dtype) for row in roots], sums)
+        roots = [safe_power(row, 0.5) for row in stacked_scalars(sums)]
+        return unstacked_scalars([jax.lax.convert_element_type(row, dtype) for row in roots], sums)
 
 
 def in_one_read(plan: Plan) -> list[jax.Array]:
@@ -304,9 +304,10 @@ def in_one_read(plan: Plan) -> list[jax.Array]:
     sums = plan.over_devices(of_shards, jax.lax.psum, jnp.add)
     plain, up, down = zip(*sums, strict=True) if sums else ((), (), ())
     counts = [jnp.full_like(of, size) for of, size in zip(plain, sizes, strict=True)]
-    rows = zip(*map(in_rows, (plain, up, down, counts)), strict=True)
+    kinds = (plain, up, down, counts)
+    rows = zip(*(stacked_scalars(of_kind, plain) for of_kind in kinds), strict=True)
     # Else each kernel that reads a norm adds the sums of all leaves again.
-    return out_of_rows(unshared([_norm_of_three(*row) for row in rows]), plain)
+    return unstacked_scalars(unshared([_norm_of_three(*row) for row in rows]), plain)
 
 
 def _three_sums(plan: Plan, shards: Sequence[Shard]) -> list[Any]:
@@ -319,7 +320,7 @@ def _three_sums(plan: Plan, shards: Sequence[Shard]) -> list[Any]:
 def _norm_of_three(plain: jax.Array, up: jax.Array, down: jax.Array, count: Any) -> jax.Array:
     """The norm from the exact one of three sums."""
     scale = SafeRange(plain.dtype).scale(plain, count)
-    return norm_of_sum(jnp.where(scale < 1, down, jnp.where(scale > 1, up, plain)), scale)
+    return norm_from_sum(jnp.where(scale < 1, down, jnp.where(scale > 1, up, plain)), scale)
 
 
 def _in_longer_rows(x: jax.Array) -> jax.Array:
@@ -360,7 +361,7 @@ def _exact_sums(plan: Plan, shards: Sequence[Shard], branch: bool) -> list[Any]:
     # Kept apart, not stacked as a vector: XLA would compute the vector anew for each leaf that
     # reads its entry of it (200 leaves of 64 x 64 took 21 s to compile instead of 8).
     scales = [safe.scale(s, count) for s, count in zip(plain, counts, strict=True)]
-    odd = [jnp.any(row != 1) for row in in_rows(scales)]
+    odd = [jnp.any(row != 1) for row in stacked_scalars(scales)]
     unsafe = functools.reduce(jnp.logical_or, odd, jnp.zeros((), bool))
 
     def scaled():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ._checks import takes
 from ._leaves import widen
-from ._memory import beside, changed_in_place
+from ._memory import changed_in_place, constant_like
 
 Response = Callable[[jax.Array, jax.Array], jax.Array]
 """`(norm, limit) -> factor`, elementwise on arrays of one float dtype.
@@ -163,7 +163,7 @@ def factors(norm: jax.Array, limit: jax.Array, response: Response) -> tuple[jax.
 
 
 def rescale(
-    leaves: Sequence[jax.Array], first: Sequence[jax.Array], second: Sequence[jax.Array]
+    leaves: Sequence[jax.Array], scales: Sequence[jax.Array], powers: Sequence[jax.Array]
 ) -> list[jax.Array]:
     """Multiply each leaf by its two factors; one of 0 makes zeros also of what is not finite.
 
@@ -172,15 +172,16 @@ def rescale(
     follows; a select between two trees would not.
     """
 
-    def scaled(x, first, second):
+    def scaled(x, scale, power):
         if jnp.iscomplexobj(x):
-            real, imag = (scaled(part, first, second) for part in (x.real, x.imag))
+            real, imag = (scaled(part, scale, power) for part in (x.real, x.imag))
             return jax.lax.complex(real, imag).astype(x.dtype)
         wide = widen(x)
-        return (jnp.where(first != 0, wide, beside(0, wide)) * second * first).astype(x.dtype)
+        wide = jnp.where(scale != 0, wide, constant_like(0, wide))
+        return (wide * power * scale).astype(x.dtype)
 
     return [
-        changed_in_place(scaled, *of_leaf) for of_leaf in zip(leaves, first, second, strict=True)
+        changed_in_place(scaled, *of_leaf) for of_leaf in zip(leaves, scales, powers, strict=True)
     ]
 
 
@@ -194,4 +195,4 @@ def clamped(x: jax.Array, low: jax.Array, high: jax.Array, *, fill: float) -> ja
         held = wide * shrink(jnp.abs(wide), high).astype(wide.dtype)
     else:
         held = jnp.clip(wide, -low, high)
-    return jnp.where(jnp.isfinite(wide), held, beside(fill, held)).astype(x.dtype)
+    return jnp.where(jnp.isfinite(wide), held, constant_like(fill, held)).astype(x.dtype)

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from ._leaves import norm_dtype, widen
-from ._memory import beside
+from ._memory import constant_like
 
 Axes = tuple[int, ...] | None
 """Axes to reduce, which are kept with size one; None: all of them, and none is kept."""
 
 
-def norm_of_sum(total: jax.Array, scale: jax.Array) -> jax.Array:
+def norm_from_sum(total: jax.Array, scale: jax.Array) -> jax.Array:
     """The norm from a sum of `_exact_sums`."""
     safe = SafeRange(total.dtype)
     # Not a quotient: XLA makes `a / (root / scale)` of it `a * scale / root`, which overflows.
@@ -27,14 +27,14 @@ def norm_of_sum(total: jax.Array, scale: jax.Array) -> jax.Array:
     ).astype(total.dtype)
 
 
-def norm_of_bins(bins: jax.Array) -> jax.Array:
+def norm_from_bins(bins: jax.Array) -> jax.Array:
     """Norms from the sums of `_bins`: the bin of the largest scale, and what its neighbour adds."""
     safe = SafeRange(bins.dtype)
     small, plain, large = (safe_power(bins[i], 0.5) for i in range(3))
     return jnp.where(
         large != 0,
-        joint_norm(large, plain * safe.down) * safe.up,
-        jnp.where(plain != 0, joint_norm(plain, small * safe.down), small * safe.down),
+        hypot_of_norms(large, plain * safe.down) * safe.up,
+        jnp.where(plain != 0, hypot_of_norms(plain, small * safe.down), small * safe.down),
     )
 
 
@@ -108,14 +108,14 @@ def sum_of_powers(x, first, second, *, order, axes):
 def largest_modulus(x, *, axes):
     """The largest modulus of a leaf, or of small leaves of one shape; infinity for a NaN."""
     moduli = functools.reduce(jnp.maximum, _moduli(x))
-    return _largest(jnp.where(jnp.isfinite(moduli), moduli, beside(jnp.inf, moduli)), axes)
+    return _largest(jnp.where(jnp.isfinite(moduli), moduli, constant_like(jnp.inf, moduli)), axes)
 
 
 def largest_modulus_on_cpu(x, *, axes):
     """The same where a select before a maximum would copy the leaf."""
     largest = _largest(functools.reduce(jnp.maximum, _moduli(x)), axes)
     # On CPU a maximum loses NaN: over devices, and (jaxlib 0.10 to 0.12) over 1,000 elements too.
-    return jnp.where(all_finite(x, axes=axes), largest, beside(jnp.inf, largest))
+    return jnp.where(all_finite(x, axes=axes), largest, constant_like(jnp.inf, largest))
 
 
 def all_finite(x: Any, *, axes: Axes = None) -> jax.Array:
@@ -155,12 +155,14 @@ def _sum(x, axes):
     return jnp.sum(x, axis=axes, keepdims=axes is not None)
 
 
-def inverse_power_of_two(norm: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two powers of two whose product is near 1 / norm; both and their inverses are normal."""
-    usable = jnp.isfinite(norm) & (norm != 0)
-    exponent = jnp.frexp(jnp.where(usable, norm, 1))[1]
-    half = exponent // 2
-    one = jnp.ones_like(norm)
+def powers_near(norm: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two powers of two whose product is near 1 / norm; for one that is 0 or not finite, ones.
+
+    Of both and of their inverses none is flushed, as the inverse of the product itself would be.
+    """
+    norm = jax.lax.stop_gradient(norm)
+    exponent = jnp.frexp(jnp.where(jnp.isfinite(norm) & (norm != 0), norm, 1))[1]
+    half, one = exponent // 2, jnp.ones_like(norm)
     return jnp.ldexp(one, -half), jnp.ldexp(one, half - exponent)
 
 
@@ -171,7 +173,7 @@ def safe_power(x: jax.Array, exponent: float) -> jax.Array:
     return jnp.where(x != 0, power, 0)
 
 
-def joint_norm(most: jax.Array, least: jax.Array) -> jax.Array:
+def hypot_of_norms(most: jax.Array, least: jax.Array) -> jax.Array:
     """The norm of two norms without the overflow of their squares; 0 if `most` is."""
     # Not computed from a zero: the derivative of the ratio would be 0 / 0.
     nonzero = most != 0

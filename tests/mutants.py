@@ -142,7 +142,7 @@ NORMS = [
     Mutant(
         "the device with the smaller norms is left out",
         "_safe.py",
-        "joint_norm(plain, small * safe.down)",
+        "hypot_of_norms(plain, small * safe.down)",
         "plain",
         ("devices", "hard_cases", "norms"),
     ),
@@ -243,8 +243,8 @@ RESCALING = [
     Mutant(
         "an update that is not cast back",
         "_rescale.py",
-        "* second * first).astype(x.dtype)",
-        "* second * first)",
+        "(wide * power * scale).astype(x.dtype)",
+        "(wide * power * scale)",
         ("rescale", "*laws"),
     ),
     Mutant(
@@ -316,8 +316,8 @@ ENGINE = [
     Mutant(
         "the factor in the state lacks its second step",
         "_clip.py",
-        "return first, power, first * power",
-        "return first, power, first",
+        "return scale, power, scale * power",
+        "return scale, power, scale",
         ("clip", "metrics", "rescale", "*laws"),
     ),
 ]

@@ -111,9 +111,9 @@ def _rest(carry: Any, wanted: Any, clipped: Any) -> Any:
 def _held(carry: Any, limit: jax.Array, axis_name: AxisName) -> Any:
     leaves, treedef = jax.tree.flatten(carry)
     norm = global_norm(carry, axis_name=axis_name)
-    first, second = factors(norm, varying_like(limit, norm), shrink)
-    first = jnp.where(jnp.isfinite(norm), first, 0)
-    held = rescale(leaves, [first] * len(leaves), [second] * len(leaves))
+    scale, power = factors(norm, varying_like(limit, norm), shrink)
+    scale = jnp.where(jnp.isfinite(norm), scale, 0)
+    held = rescale(leaves, [scale] * len(leaves), [power] * len(leaves))
     return treedef.unflatten(held)
 
 

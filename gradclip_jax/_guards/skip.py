@@ -26,7 +26,7 @@ from .._export import exportable
 from .._given import GivenNorm
 from .._leaves import is_gradient
 from .._limits import Limit, as_limit, constant, observe
-from .._memory import beside, changed_in_place
+from .._memory import changed_in_place, constant_like
 from .._norms import global_norm, leaf_norms, leaf_sizes
 from .._rescale import factors, rescale, shrink
 from .error_feedback import merged
@@ -394,15 +394,15 @@ def _zeros(kind: jax.ShapeDtypeStruct, update: Any) -> Any:
 
 def _applied(updates: Any, norm: jax.Array, limit: jax.Array | None, skipped: jax.Array) -> Any:
     """The finite elements, rescaled to the limit if there is one; zeros in a skipped step."""
-    first, second = (norm, norm) if limit is None else factors(norm, limit, shrink)
+    scale, power = (norm, norm) if limit is None else factors(norm, limit, shrink)
 
     def kept(x: jax.Array, skipped: jax.Array) -> jax.Array:
-        return jnp.where(jnp.isfinite(x) & ~skipped, x, beside(0, x))
+        return jnp.where(jnp.isfinite(x) & ~skipped, x, constant_like(0, x))
 
     def applied(x: Any) -> Any:
         if not is_gradient(x):
             return x
         x = changed_in_place(kept, jnp.asarray(x), skipped)
-        return x if limit is None else rescale([x], [first], [second])[0]
+        return x if limit is None else rescale([x], [scale], [power])[0]
 
     return jax.tree.map(applied, updates)

@@ -9,7 +9,7 @@ import optax
 from .._clip import NonfiniteState, counted, transformation
 from .._devices import AxisName
 from .._leaves import is_gradient, norm_dtype
-from .._memory import beside, changed_in_place, reduced_in_place
+from .._memory import changed_in_place, constant_like, reduced_in_place
 from .._norms import global_norm
 from .._safe import all_finite
 
@@ -63,7 +63,7 @@ def finite_part(updates: Any) -> Any:
 
 
 def _zeroed(x: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isfinite(x), x, beside(0, x))
+    return jnp.where(jnp.isfinite(x), x, constant_like(0, x))
 
 
 def _any_nonfinite(x: Any) -> jax.Array:

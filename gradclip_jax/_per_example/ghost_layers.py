@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._devices import split_as
+from .._devices import out_sharding_of
 from .._leaves import widen
 from .._safe import safe_power
 from .rule import column
@@ -112,7 +112,7 @@ class Dense:
 
         def product(x: jax.Array) -> jax.Array:
             met = _scaled(x, powers.inputs)
-            split = split_as(outputs, (met, 2), (outputs, 2))
+            split = out_sharding_of(outputs, (met, 2), (outputs, 2))
             return jnp.einsum("nti,nto->io", met, outputs, precision=_HIGHEST, out_sharding=split)
 
         return _scaled(self._over_starts(kept, product).reshape(self.shape), -lift)

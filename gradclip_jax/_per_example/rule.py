@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._checks import check_threshold
-from .._devices import split_as
-from .._leaves import GroupNorms, norm_dtype, spread, widen
+from .._devices import out_sharding_of
+from .._leaves import GroupNorms, broadcast_norms, norm_dtype, widen
 from .._norms import global_norm, norms_of_examples
 from .._rescale import Response, factors, shrink
 
@@ -162,7 +162,7 @@ def hold(norms: Any, sizes: Sequence[int], real: jax.Array, max_norm: Any, rule:
     table = jnp.stack([*leaves, *flat]) if leaves else jnp.zeros((1, real.size))
     finite = jnp.isfinite(table).all(axis=0)
     keep = real & finite
-    index = spread(groups.unflatten(range(len(flat))), norms)
+    index = broadcast_norms(groups.unflatten(range(len(flat))), norms)
     held_sizes = [0] * len(flat)
     for group, size in zip(index, sizes, strict=True):
         held_sizes[group] += size
@@ -238,7 +238,7 @@ def _product(leaf: jax.Array, first: jax.Array, second: jax.Array, keep: jax.Arr
         kept,
         axes=1,
         precision=jax.lax.Precision.HIGHEST,
-        out_sharding=split_as(kept, *((kept, dim) for dim in range(1, kept.ndim))),
+        out_sharding=out_sharding_of(kept, *((kept, dim) for dim in range(1, kept.ndim))),
     )
 
 

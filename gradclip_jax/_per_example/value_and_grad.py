@@ -14,13 +14,13 @@ from .._devices import (
     axis_size,
     manual_axes,
     mesh_of,
-    row_shards,
+    replicate_axis0,
+    shards_of_axis0,
     sum_over_devices,
-    types_tell,
     varying_along,
     varying_axes,
     varying_like,
-    with_all_rows,
+    vma_checked,
 )
 from .._export import exportable
 from .._leaves import norm_dtype, path_name, widen
@@ -258,7 +258,7 @@ def clipped_value_and_grad(
         each = None
         direct = ids is not None or several or pre_clip is not None
         if ghost and not direct and arguments[positions[0]].graph is not None:
-            one = jax.tree.map(lambda x: with_all_rows(x)[0], batch)
+            one = jax.tree.map(lambda x: replicate_axis0(x)[0], batch)
             each = ghost_gradients(_flax(), value_of, params, one)
         clip = _Clipping(
             each=functools.partial(_direct, value_of) if each is None else each,
@@ -449,7 +449,7 @@ class _Axes(NamedTuple):
 
 def _mesh_axes(params: Any, others: Any, axis_name: Any) -> _Axes:
     named = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
-    if types_tell():
+    if vma_checked():
         for path, leaf in jax.tree.leaves_with_path(params):
             if varying_axes(leaf):
                 raise ValueError(
@@ -513,8 +513,8 @@ class _Sums(NamedTuple):
 def _over_examples(clip: _Clipping, batch: Any, real: jax.Array, size: int) -> _Sums:
     count = real.size
     steps = math.ceil(count / size)
-    if size % max(map(row_shards, jax.tree.leaves(batch))) or steps * size > count:
-        batch, real = jax.tree.map(with_all_rows, (batch, real))
+    if size % max(map(shards_of_axis0, jax.tree.leaves(batch))) or steps * size > count:
+        batch, real = jax.tree.map(replicate_axis0, (batch, real))
 
     def columns(x: jax.Array) -> jax.Array:
         # Column s is micro-batch s: it has as many examples of each device that holds a part.
@@ -546,7 +546,7 @@ def _over_users(clip: _Clipping, batch: Any, real: jax.Array, ids: jax.Array, si
     """The same, but the gradients of a user are summed before; who is not done is carried on."""
     count = real.size
     steps = math.ceil(count / size)
-    batch, real, ids = jax.tree.map(with_all_rows, (batch, real, ids))
+    batch, real, ids = jax.tree.map(replicate_axis0, (batch, real, ids))
     order = jnp.lexsort((ids, ~real))
     padded = jnp.concatenate([order, order[: steps * size - count]]).reshape(steps, size)
     counts = (jnp.arange(steps * size) < count).reshape(steps, size) & real[padded]

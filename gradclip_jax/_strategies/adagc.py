@@ -19,9 +19,9 @@ from .._clip import (
     read_threshold,
     transformation,
 )
-from .._devices import AxisName, filled_like, types_tell
+from .._devices import AxisName, filled_like, vma_checked
 from .._export import exportable
-from .._leaves import in_rows
+from .._leaves import stacked_scalars
 from .._limits import Limit, constant, observe_each
 from .._limits.moments import learned, moved
 from .._norms import global_norm, leaf_norms
@@ -135,7 +135,7 @@ def adagc(
 def _limits_and_levels(norms, levels, max_norm, warm, ratio, decay):
     finite = [jnp.where(jnp.isfinite(norm), norm, 0) for norm in norms]
     # They are reduced over devices already.
-    joint = global_norm(in_rows(finite), axis_name=None if types_tell() else ())
+    joint = global_norm(stacked_scalars(finite), axis_name=None if vma_checked() else ())
     over = joint > max_norm
 
     def update(norm: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:

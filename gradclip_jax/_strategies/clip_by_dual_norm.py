@@ -19,15 +19,15 @@ from .._clip import (
     record,
     transformation,
 )
-from .._devices import AxisName, split_again, with_whole_matrices
-from .._leaves import is_function, is_gradient, of_leaves, path_name, widen
+from .._devices import AxisName, replicate_matrices, reshard_like
+from .._leaves import broadcast_prefix, is_function, is_gradient, path_name, widen
 from .._limits import constant
-from .._matrices import check_whole_matrices, powers_near, product, quintic
-from .._memory import back, on_device
+from .._matrices import check_whole_matrices, product, quintic
+from .._memory import to_device, to_memory_of
 from .._norms import global_norm, leaf_norms
 from .._polynomials import polar_factor
 from .._rescale import OnNonfinite, check_on_nonfinite, shrink
-from .._safe import all_finite
+from .._safe import all_finite, powers_near
 
 Split = tuple[jax.Array, Callable[[jax.Array], jax.Array]]
 
@@ -186,8 +186,8 @@ def clip_by_dual_norm(
         check_whole_matrices(tree.unflatten(_only(leaves, whole)), axis_name)
         parts, points = list(leaves), {}
         for i, of_leaf in balls.items():
-            x = widen(on_device(leaves[i]))
-            x = with_whole_matrices(x) if of_leaf.whole else x
+            x = widen(to_device(leaves[i]))
+            x = replicate_matrices(x) if of_leaf.whole else x
             parts[i], points[i] = of_leaf.split(x)
         duals: dict[int, Any] = {}
         for order in sorted({of_leaf.order for of_leaf in balls.values()}):
@@ -199,10 +199,10 @@ def clip_by_dual_norm(
         finite, below = jnp.isfinite(norm), norm < most
         length = jnp.where(below, norm, 1) / jnp.where(below, most, 1)
         for i, point in points.items():
-            x = on_device(leaves[i])
-            step = split_again(point(duals[i]), x)
+            x = to_device(leaves[i])
+            step = reshard_like(point(duals[i]), x)
             step = jnp.where(most < jnp.inf, step * length.astype(step.dtype), widen(x))
-            leaves[i] = back(jnp.where(finite, step, fill).astype(x.dtype), leaves[i])
+            leaves[i] = to_memory_of(jnp.where(finite, step, fill).astype(x.dtype), leaves[i])
         return tree.unflatten(leaves), record(
             state,
             norm,
@@ -228,7 +228,7 @@ def _balls(ball: Any, updates: Any) -> Iterator[tuple[int, Ball]]:
         ]
     else:
         rule = "`ball` must cover the tree of the updates"
-        given = of_leaves(ball, updates, rule, is_leaf=_is_ball)
+        given = broadcast_prefix(ball, updates, rule, is_leaf=_is_ball)
     for i, ((path, leaf), of_leaf) in enumerate(zip(named, given, strict=True)):
         if not is_gradient(leaf):
             continue

@@ -21,7 +21,7 @@ from .._clip import (
 from .._devices import AxisName, of_pair
 from .._leaves import is_gradient
 from .._limits import constant
-from .._memory import beside, changed_in_place
+from .._memory import changed_in_place, constant_like
 from .._norms import global_norm, group_norms
 from .._rescale import OnNonfinite, check_on_nonfinite, clamped, ratio, shrink
 
@@ -130,4 +130,4 @@ def _side(x: Any, sign: int) -> jax.Array:
             "`upper` must be left out for complex gradients: they are clipped by modulus."
         )
     x = jnp.asarray(x)
-    return jnp.maximum(x, beside(0, x)) if sign > 0 else -jnp.minimum(x, beside(0, x))
+    return jnp.maximum(x, constant_like(0, x)) if sign > 0 else -jnp.minimum(x, constant_like(0, x))

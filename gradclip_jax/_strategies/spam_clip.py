@@ -20,9 +20,9 @@ from .._clip import (
     transformation,
 )
 from .._devices import AxisName, filled_like
-from .._leaves import is_gradient, of_leaves, widen
+from .._leaves import broadcast_prefix, is_gradient, widen
 from .._limits import constant
-from .._memory import back, on_device
+from .._memory import to_device, to_memory_of
 from .._norms import global_norm
 from .._rescale import OnNonfinite, check_on_nonfinite, clamped, ratio, shrink
 
@@ -145,11 +145,11 @@ def _changed(leaves, arrays, most, rate, *, on_nonfinite):
     changed = []
     for leaf, rms in zip(leaves, arrays, strict=True):
         # The root mean square is on the device, so that a leaf in host memory has to come there.
-        x = on_device(leaf)
+        x = to_device(leaf)
         new = _learned(x, rms, most, jnp.asarray(rate).astype(rms.dtype))
         limits = _limits(rms, most)
         held = clamped(x, limits, limits, fill=fill)
-        changed.append((back(held, leaf), new, _ratio(x, rms)))
+        changed.append((to_memory_of(held, leaf), new, _ratio(x, rms)))
     return changed
 
 
@@ -185,7 +185,7 @@ def _root_of_mean(rms: jax.Array, modulus: jax.Array, rate: jax.Array) -> jax.Ar
 
 
 def _modulus(x: Any) -> jax.Array:
-    return jnp.abs(widen(on_device(x)))
+    return jnp.abs(widen(to_device(x)))
 
 
 def _zeros_of(kind: jax.ShapeDtypeStruct, param: Any) -> jax.Array:
@@ -200,7 +200,7 @@ def _zeros_of(kind: jax.ShapeDtypeStruct, param: Any) -> jax.Array:
 def _beside(arrays: Any, updates: Any) -> list[Any]:
     """The array beside each leaf, None beside what was no gradient at `init`."""
     rule = "`updates` must have the structure of the params given to `init`"
-    found = of_leaves(arrays, updates, rule, is_leaf=lambda x: x is None)
+    found = broadcast_prefix(arrays, updates, rule, is_leaf=lambda x: x is None)
     as_updates = jax.tree.structure(jax.tree.structure(updates).unflatten(found))
     if as_updates != jax.tree.structure(arrays):
         raise ValueError(f"{rule}: {jax.tree.structure(arrays)}, got {as_updates}.")

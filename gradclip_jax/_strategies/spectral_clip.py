@@ -21,19 +21,11 @@ from .._clip import (
     record,
     transformation,
 )
-from .._devices import AxisName, any_device, split_again, varying_like, with_whole_matrices
+from .._devices import AxisName, any_device, replicate_matrices, reshard_like, varying_like
 from .._leaves import widen
 from .._limits import constant
-from .._matrices import (
-    adjoint,
-    check_whole_matrices,
-    identities,
-    matrix_norms,
-    powers_near,
-    product,
-    scaled,
-)
-from .._memory import back, on_device
+from .._matrices import adjoint, check_whole_matrices, identities, matrix_norms, product, scaled
+from .._memory import to_device, to_memory_of
 from .._polynomials import hold_singular_values
 from .._rescale import (
     OnNonfinite,
@@ -45,6 +37,7 @@ from .._rescale import (
     shrink,
     smooth_sqrt,
 )
+from .._safe import powers_near
 
 
 @named_strategy
@@ -222,7 +215,7 @@ def _of_matrices(
         leaves, tree = jax.tree.flatten(updates)
         held = [i for i, norm in enumerate(tree.flatten_up_to(norms)) if norm is not None]
         changed, *of_norms, flags = _held(
-            [with_whole_matrices(on_device(leaves[i])) for i in held],
+            [replicate_matrices(to_device(leaves[i])) for i in held],
             jax.tree.leaves(norms),
             value,
             change=change,
@@ -231,7 +224,7 @@ def _of_matrices(
             on_nonfinite=on_nonfinite,
         )
         for i, leaf in zip(held, changed, strict=True):
-            leaves[i] = back(split_again(leaf, leaves[i]), leaves[i])
+            leaves[i] = to_memory_of(reshard_like(leaf, leaves[i]), leaves[i])
         flags = any_device(flags, axis_name)
         return tree.unflatten(leaves), record(
             state,

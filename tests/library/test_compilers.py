@@ -7,6 +7,7 @@ where one is missing its tests are skipped.
 
 import functools
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -152,14 +153,21 @@ def test_on_tpu_a_guard_costs_no_more_than_selects_by_hand():
     assert ours.temporary <= 10e6
 
 
+def decompositions() -> set[str]:
+    """Those in a spectral clip of a small GPT-2."""
+    text = compiled(programs.update(TREE, "float32", gradclip_jax.spectral_clip(1.0)), V5E).text
+    return {"Eigh", "Svd", "Qr"} & set(re.findall(r'custom_call_target="(\w+)', text))
+
+
 @tpu
-def test_on_tpu_a_spectral_clip_compiles_in_seconds():
-    code = "import test_compilers as t; t.update(t.gradclip_jax.spectral_clip(1.0), t.V5E)"
+def test_on_tpu_a_spectral_clip_decomposes_nothing():
+    """A decomposition of matrices of this size does not compile in 100 s."""
+    code = "import test_compilers as t; assert not t.decompositions()"
     here = Path(__file__).parent
     paths = [here, here.parents[1], here.parents[1] / "benchmarks"]
     code = f"import sys; sys.path[:0] = {[str(path) for path in paths]}; {code}"
     # A process of its own: a compiler that decomposes matrices cannot be interrupted.
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=900, capture_output=True)
 
 
 # --- GPU ---

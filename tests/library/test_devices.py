@@ -484,7 +484,7 @@ def test_the_types_of_this_jax_are_understood(mesh_2d):
     def inspect(x, y):
         seen["varying"] = _devices.varying_axes(x), _devices.varying_axes(y)
         seen["manual"] = _devices.manual_axes()
-        seen["checked"] = _devices.types_tell()
+        seen["checked"] = _devices.vma_checked()
         return x
 
     for check_vma in (True, False):
@@ -499,7 +499,7 @@ def test_the_types_of_this_jax_are_understood(mesh_2d):
         assert set(seen["manual"]) == {"data", "model"}
         assert seen["checked"] is check_vma
     assert _devices.manual_axes() == ()
-    assert not _devices.types_tell()
+    assert not _devices.vma_checked()
 
 
 def test_jit_reshards_nothing_and_sums_once(mesh_2d):

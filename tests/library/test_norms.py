@@ -25,7 +25,7 @@ from gradclip_jax import (
     sign_ball,
     unit_norms,
 )
-from gradclip_jax._leaves import spread
+from gradclip_jax._leaves import broadcast_norms
 
 ROOT_160 = np.float32(np.sqrt(160.0))
 GRADS = {"w": jnp.array([[3.0, 0.0], [4.0, 12.0]]), "b": jnp.array([0.0, 84.0])}
@@ -143,13 +143,13 @@ def test_labels_of_nnx_say_what_to_map_over():
 
 def test_spread_gives_each_leaf_the_norm_that_covers_it():
     tree = {"a": {"x": 1, "y": 2}, "b": 3}
-    assert spread({"a": 10, "b": 20}, tree) == [10, 10, 20]
-    assert spread(7, tree) == [7, 7, 7]
+    assert broadcast_norms({"a": 10, "b": 20}, tree) == [10, 10, 20]
+    assert broadcast_norms(7, tree) == [7, 7, 7]
     grads = {"a": jnp.ones(2), "b": jnp.ones(3), "c": jnp.arange(2)}
     norms = group_norms(grads, labels={"a": "x", "b": "y", "c": "z"})
-    assert spread(norms, grads) == [norms["x"], norms["y"], None]
+    assert broadcast_norms(norms, grads) == [norms["x"], norms["y"], None]
     with pytest.raises(ValueError, match="`measure` must return norms whose tree is a prefix"):
-        spread({"a": 10}, tree)
+        broadcast_norms({"a": 10}, tree)
 
 
 @pytest.mark.parametrize("order", [0.5, 0, -1, True, "2", float("nan"), jnp.float32(2), None])
