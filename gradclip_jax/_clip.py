@@ -19,11 +19,10 @@ from ._leaves import (
     is_gradient,
     norm_dtype,
     stacked_scalars,
-    unstacked_scalars,
 )
 from ._limits import Limit, as_limit, observe, observe_each
 from ._norms import global_norm
-from ._reduce import unshared
+from ._reduce import elementwise
 from ._rescale import (
     OnNonfinite,
     Response,
@@ -377,28 +376,27 @@ def _held(leaves, norms, limits, *, index, response, on_nonfinite):
     """Held leaves, the limit and factor of each norm, and whether any was clipped or not finite."""
     limits = [varying_like(limit, norm) for limit, norm in zip(limits, norms, strict=True)]
     of_norm = [jnp.broadcast_to(limit, n.shape) for n, limit in zip(norms, limits, strict=True)]
-    # Else XLA copies each constant limit to the state by a kernel of its own.
-    limit_rows, norm_rows = unshared(stacked_scalars(of_norm, norms)), stacked_scalars(norms)
-    rows = list(zip(norm_rows, limit_rows, strict=True))
-    clipped = _any([jnp.any(jnp.isfinite(norm) & (norm > limit)) for norm, limit in rows])
-    flags = jnp.stack([clipped, _any([jnp.any(~jnp.isfinite(norm)) for norm in norm_rows])])
+    rows = (stacked_scalars(of, norms) for of in (norms, of_norm))
+    pairs = list(zip(*rows, strict=True))
+    clipped = _any([jnp.any(jnp.isfinite(norm) & (norm > limit)) for norm, limit in pairs])
+    flags = jnp.stack([clipped, _any([jnp.any(~jnp.isfinite(norm)) for norm, _ in pairs])])
     fill = jnp.nan if on_nonfinite == "propagate" else 0.0
-    found = [_factors(norm, limit, response, fill) for norm, limit in rows]
-    scale, power, whole = ([of_row[part] for of_row in found] for part in range(3))
-    scale, power, whole, limits = (
-        unstacked_scalars(of_rows, norms) for of_rows in (scale, power, whole, limit_rows)
-    )
-    leaves = rescale(leaves, [scale[i] for i in index], [power[i] for i in index])
+    found = elementwise(functools.partial(_factors, response, fill), norms, of_norm)
+    scales, powers, whole, limits = ([of_norm[part] for of_norm in found] for part in range(4))
+    leaves = rescale(leaves, [scales[i] for i in index], [powers[i] for i in index])
     return leaves, limits, whole, flags
 
 
-def _factors(norm, limit, response, fill):
-    """The two factors of a norm and their product: `fill` where the norm is not finite."""
+def _factors(response, fill, norm, limit):
+    """The scale and the power of a factor, and both as one: `fill` for a norm that is not finite.
+
+    The limit comes back, too: XLA would copy each constant one to the state by a kernel of its own.
+    """
     finite = jnp.isfinite(norm)
     # Zero times the derivative of a response at NaN would be NaN.
     factor, power = factors(jnp.where(finite, norm, 0), limit, response)
     scale = jnp.where(finite, factor, fill).astype(norm.dtype)
-    return scale, power, scale * power
+    return scale, power, scale * power, limit
 
 
 def record(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._devices import axis_size, partly_manual
-from ._leaves import norm_dtype, stacked_scalars, unstacked_scalars
+from ._leaves import norm_dtype, scalar_rows, stacked_scalars, unstacked_scalars
 from ._memory import changed_in_place, constant_like, in_host_memory, reduced_in_place
 from ._safe import (
     Axes,
@@ -328,6 +328,34 @@ def _in_longer_rows(x: jax.Array) -> jax.Array:
     room = max(_LONG_ROW // x.shape[-1], 1)
     count = math.gcd(x.shape[-2], 2 ** (room.bit_length() - 1))
     return x.reshape(*x.shape[:-2], x.shape[-2] // count, count, x.shape[-1])
+
+
+def elementwise(f: Callable[..., Any], norms: Sequence[jax.Array], *others: Any) -> list[Any]:
+    """`f(norm, *other)` for each norm; on accelerators for single numbers together, as vectors.
+
+    There each would be a kernel. CPU would compute the vectors again in each leaf that reads one of
+    their entries, which takes it three times as long to compile.
+    """
+    given = [norms, *others]
+
+    def alone() -> list[Any]:
+        return [f(*of_norm) for of_norm in zip(*given, strict=True)]
+
+    def together() -> list[Any]:
+        rows = [row for row in scalar_rows(norms) if len(row) > 1]
+        found: dict[int, Any] = {}
+        for row in rows:
+            of_row = [tuple(of[i] for of in given) for i in row]
+            stacked = jax.tree.map(lambda *x: jnp.stack(x), *of_row)
+            # Else each entry is computed anew, from a state that its successor overwrites.
+            arrays, treedef = jax.tree.flatten(unshared(jax.vmap(f)(*stacked)))
+            for i, *entries in zip(row, *arrays, strict=True):
+                found[i] = treedef.unflatten(entries)
+        return [found[i] if i in found else f(*(of[i] for of in given)) for i in range(len(norms))]
+
+    if all(len(row) < 2 for row in scalar_rows(norms)):
+        return alone()
+    return jax.lax.platform_dependent(cpu=alone, default=together)
 
 
 def unshared(tree: Any) -> Any:

@@ -71,10 +71,10 @@ NORMS = [
     ),
     Mutant(
         "the limits of a row in the order of another",
-        "_limits/limit.py",
-        "limits[i], after[i] = value, treedef.unflatten(entry)",
-        "limits[i], after[row[0]] = value, treedef.unflatten(entry)",
-        ("recurrences", "adagc"),
+        "_reduce.py",
+        "found[i] = treedef.unflatten(entries)",
+        "found[row[-1]] = treedef.unflatten(entries)",
+        ("platforms",),
     ),
     Mutant(
         "a missing psum",
@@ -316,8 +316,8 @@ ENGINE = [
     Mutant(
         "the factor in the state lacks its second step",
         "_clip.py",
-        "return scale, power, scale * power",
-        "return scale, power, scale",
+        "return scale, power, scale * power, limit",
+        "return scale, power, scale, limit",
         ("clip", "metrics", "rescale", "*laws"),
     ),
 ]

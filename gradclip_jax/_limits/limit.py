@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import Threshold, check_threshold
-from .._leaves import scalar_rows
-from .._reduce import unshared
+from .._reduce import elementwise
 
 
 class Limit(NamedTuple):
@@ -97,19 +96,9 @@ def observe(limit: Limit, norm: jax.Array, state: Any) -> tuple[jax.Array, Any]:
 def observe_each(
     limit: Limit, norms: Sequence[jax.Array], states: Sequence[Any]
 ) -> tuple[list[jax.Array], list[Any]]:
-    """Observe each of several norms with its own state; scalars together, as vectors."""
-    limits, after = list(norms), list(states)
-    rows = [row for row in scalar_rows(norms) if len(row) > 1]
-    for i in set(range(len(limits))) - {i for row in rows for i in row}:
-        limits[i], after[i] = observe(limit, norms[i], states[i])
-    for row in rows:
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *[(norms[i], states[i]) for i in row])
-        # Else each entry of a row is computed anew, from a state that its successor overwrites.
-        values, news = unshared(jax.vmap(functools.partial(observe, limit))(*stacked))
-        entries, treedef = jax.tree.flatten(news)
-        for i, value, *entry in zip(row, values, *entries, strict=True):
-            limits[i], after[i] = value, treedef.unflatten(entry)
-    return limits, after
+    """Observe each of several norms with its own state: the limits, and the states."""
+    found = elementwise(functools.partial(observe, limit), norms, states)
+    return [value for value, _ in found], [state for _, state in found]
 
 
 def as_limit(limit: Limit | Threshold) -> Limit:

@@ -39,6 +39,7 @@ from test_norms import (
     test_norms_agree_with_float64_at_any_scale,
     test_squares_near_the_smallest_float32_are_not_lost,
 )
+from test_recurrences import test_norms_grow_array_by_array
 
 from gradclip_jax import global_norm
 
@@ -57,6 +58,7 @@ __all__ = [
     "test_mixed_memories_are_reduced_where_they_are",
     "test_norms_agree_with_float64_at_any_scale",
     "test_norms_are_float64_under_x64",
+    "test_norms_grow_array_by_array",
     "test_propagate_makes_the_group_nan_and_leaves_the_others_alone",
     "test_squares_near_the_smallest_float32_are_not_lost",
     "test_state_scans_inside_shard_map",
