@@ -72,8 +72,8 @@ NORMS = [
     Mutant(
         "the limits of a row in the order of another",
         "_reduce.py",
-        "found[i] = treedef.unflatten(entries)",
-        "found[row[-1]] = treedef.unflatten(entries)",
+        "in zip(row, *arrays, strict=True)",
+        "in zip(row[::-1], *arrays, strict=True)",
         ("platforms",),
     ),
     Mutant(
