@@ -213,9 +213,12 @@ def norms_of_groups(plan: Plan, *, order: float) -> list[jax.Array]:
             )
         if any(in_host_memory(leaf) for leaf in leaves):
             return by_branch(shared)
-        ways = {"cpu": lambda: by_branch(shared), "tpu": lambda: by_branch(here)}
+        ways = {
+            "cpu": lambda: by_branch(shared),
+            "tpu": lambda: in_one_read(here, _three_sums),
+        }
         if all(over is None for over in plan.axes):
-            ways["default"] = lambda: in_one_read(here)
+            ways["default"] = lambda: in_one_read(here, _three_sums_on_gpu)
         else:
             ways |= dict.fromkeys(("cuda", "rocm"), functools.partial(in_float64, here))
             ways["default"] = lambda: in_two_reads(here)
@@ -292,15 +295,18 @@ def in_float64(plan: Plan) -> list[jax.Array]:
         return unstacked_scalars([jax.lax.convert_element_type(row, dtype) for row in roots], sums)
 
 
-def in_one_read(plan: Plan) -> list[jax.Array]:
+def in_one_read(
+    plan: Plan, three_sums: Callable[[Plan, Sequence[Shard]], list[Any]]
+) -> list[jax.Array]:
     """Norms of order 2 by three sums in one read, of which one is exact.
 
-    At a branch a GPU may wait for the host, and at one with a collective it always does.
+    What a branch reads is kept in memory: on TPU a float32 copy of a bfloat16 gradient, too. At a
+    branch a GPU may wait for the host, and at one with a collective it always does.
     """
     sizes = [0] * len(plan.groups)
     for shard in plan.shards:
         sizes[shard.group] += plan.size(shard)
-    of_shards = functools.partial(_three_sums, plan)
+    of_shards = functools.partial(three_sums, plan)
     sums = plan.over_devices(of_shards, jax.lax.psum, jnp.add)
     plain, up, down = zip(*sums, strict=True) if sums else ((), (), ())
     counts = [jnp.full_like(of, size) for of, size in zip(plain, sizes, strict=True)]
@@ -311,10 +317,15 @@ def in_one_read(plan: Plan) -> list[jax.Array]:
 
 
 def _three_sums(plan: Plan, shards: Sequence[Shard]) -> list[Any]:
+    return plan.on_this_device(three_sums_of_squares, shards, empty=(0.0,) * 3)
+
+
+def _three_sums_on_gpu(plan: Plan, shards: Sequence[Shard]) -> list[Any]:
+    kernel = functools.partial(three_sums_of_squares, at_once=True)
     plan = dataclasses.replace(plan, fused=_FUSED_ON_GPU)
     if not plan.is_unsharded:
-        return plan.on_this_device(three_sums_of_squares, shards, empty=(0.0,) * 3)
-    return [plan.by_rows(three_sums_of_squares, shard) for shard in shards]
+        return plan.on_this_device(kernel, shards, empty=(0.0,) * 3)
+    return [plan.by_rows(kernel, shard) for shard in shards]
 
 
 def _norm_of_three(plain: jax.Array, up: jax.Array, down: jax.Array, count: Any) -> jax.Array:

@@ -68,11 +68,12 @@ def sum_of_squares(x, scale=None, *, axes):
     return _sum(_squares(wide if scale is None else [part * scale for part in wide]), axes)
 
 
-def three_sums_of_squares(x, *, axes):
+def three_sums_of_squares(x, *, axes, at_once=False):
     """Three sums of squares of a leaf in one read: plain, scaled up and scaled down.
 
-    Of a whole leaf in one reduction of three operands: three of one each would take a GPU twice
-    the kernels. CPU must not run it on a large leaf: it adds everything to one number.
+    TPU fuses three reductions with the matmul that makes a gradient, but not one of three operands
+    (`at_once`), which takes a GPU half the kernels. CPU must not run that one on a large leaf: it
+    adds everything to one number.
     """
     wide, safe = _real_parts(x), SafeRange(norm_dtype())
     # XLA makes `(x * up) * (x * up)` of scalars `(x * x) * (up * up)`, which is infinite. With an
@@ -82,6 +83,8 @@ def three_sums_of_squares(x, *, axes):
         for scale in (safe.up, safe.down)
     )
     squares = tuple(map(_squares, (wide, up, down)))
+    if not at_once:
+        return tuple(_sum(of, axes) for of in squares)
     sums = sums_of(squares, axes)
     return sums if axes is None else tuple(jnp.expand_dims(of, axes) for of in sums)
 
