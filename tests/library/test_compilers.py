@@ -148,8 +148,8 @@ def test_on_tpu_a_guard_costs_no_more_than_selects_by_hand():
         compiled(programs.update(tree, "float32", None, guarded), V5E).facts
         for guarded in (gradclip_jax.skip_nonfinite(adamw), by_select(adamw))
     )
-    # Its counters are scalars more.
-    assert ours.cycles + ours.branch_cycles <= 1.001 * (by_hand.cycles + by_hand.branch_cycles)
+    # It asks each element whether it is finite, too, for the time after it has given up.
+    assert ours.cycles + ours.branch_cycles <= 1.01 * (by_hand.cycles + by_hand.branch_cycles)
     assert ours.temporary <= 10e6
 
 
