@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import compiled
 import harness
 import jax
-import jax.numpy as jnp
 import optax
 import per_example
 import programs
@@ -165,24 +164,11 @@ OF_OPTAX: dict[str, Callable[[], Any]] = {
 }
 
 
-def by_select(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer sees zeros in a step that is skipped, and its old state is selected."""
-
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
-        go = jnp.isfinite(gradclip_jax.global_norm(updates))
-        zeroed = jax.tree.map(lambda g: jnp.where(go, g, 0), updates)
-        out, new = inner.update(zeroed, state, params)
-        out = jax.tree.map(lambda u: jnp.where(go, u, 0), out)
-        return out, jax.tree.map(lambda a, b: jnp.where(go, a, b), new, state)
-
-    return optax.GradientTransformation(inner.init, update)
-
-
 GUARDS: dict[str, Callable[[Any], Any]] = {
     "AdamW alone": lambda inner: inner,
     "skip_nonfinite": gradclip_jax.skip_nonfinite,
     "optax.apply_if_finite": lambda inner: optax.apply_if_finite(inner, 16),
-    "selects by hand": by_select,
+    "selects by hand": programs.by_select,
 }
 EXAMPLES: dict[str, Callable[[per_example.Network], Any]] = {
     "jax.grad of the mean": lambda network: jax.grad(network.loss),

@@ -48,6 +48,19 @@ class Program(NamedTuple):
     """The state of parameters."""
 
 
+def by_select(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer sees zeros in a step that is skipped, and its old state is selected."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        go = jnp.isfinite(gradclip_jax.global_norm(updates))
+        zeroed = jax.tree.map(lambda g: jnp.where(go, g, 0), updates)
+        out, new = inner.update(zeroed, state, params)
+        out = jax.tree.map(lambda u: jnp.where(go, u, 0), out)
+        return out, jax.tree.map(lambda a, b: jnp.where(go, a, b), new, state)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
 def program(name: str, dtype: str, clip: optax.GradientTransformation | None) -> Program:
     """A program by its name in `PROGRAMS`, with a clip before the optimizer or without one."""
     return PROGRAMS[name](dtype, clip)

@@ -12,10 +12,11 @@ import numpy as np
 
 from ._devices import axis_size, partly_manual
 from ._leaves import norm_dtype, scalar_rows, stacked_scalars, unstacked_scalars
-from ._memory import changed_in_place, constant_like, in_host_memory, reduced_in_place
+from ._memory import changed_in_place, in_host_memory, reduced_in_place
 from ._safe import (
     Axes,
     SafeRange,
+    finite_or_zero,
     largest_modulus,
     largest_modulus_on_cpu,
     norm_from_bins,
@@ -240,12 +241,9 @@ def with_finite_derivative(measure: Any, differentiable: Any, leaves: Sequence[j
     transpose a branch that `vmap` has mapped, nor 0.12 a barrier with some constant operands.
     """
 
-    def finite_part(x):
-        return jnp.where(jnp.isfinite(x), x, constant_like(0, x))
-
     def derivative(primals, tangents):
         (leaves,), (moved,) = primals, tangents
-        finite = [changed_in_place(finite_part, x) for x in leaves]
+        finite = [changed_in_place(finite_or_zero, x) for x in leaves]
         return measure(leaves), jax.jvp(differentiable, (finite,), (moved,))[1]
 
     measured = jax.custom_jvp(measure)

@@ -130,6 +130,11 @@ def all_finite(x: Any, *, axes: Axes = None) -> jax.Array:
     return _sum(functools.reduce(jnp.add, [part - part for part in _real_parts(x)]), axes) == 0
 
 
+def finite_or_zero(x: jax.Array) -> jax.Array:
+    """A leaf, with 0 for each element that is NaN or infinite."""
+    return jnp.where(jnp.isfinite(x), x, constant_like(0, x))
+
+
 def _real_parts(x: Any) -> list[jax.Array]:
     """The real and imaginary parts of a leaf or of several, in the precision of norms."""
     parts = [

@@ -9,9 +9,9 @@ import optax
 from .._clip import NonfiniteState, counted, transformation
 from .._devices import AxisName
 from .._leaves import is_gradient, norm_dtype
-from .._memory import changed_in_place, constant_like, reduced_in_place
+from .._memory import changed_in_place, reduced_in_place
 from .._norms import global_norm
-from .._safe import all_finite
+from .._safe import all_finite, finite_or_zero
 
 
 def zero_nonfinite(*, axis_name: AxisName = None) -> optax.GradientTransformationExtraArgs:
@@ -58,12 +58,8 @@ def zero_nonfinite(*, axis_name: AxisName = None) -> optax.GradientTransformatio
 def finite_part(updates: Any) -> Any:
     """The updates, with 0 for each element that is NaN or infinite."""
     return jax.tree.map(
-        lambda x: changed_in_place(_zeroed, jnp.asarray(x)) if is_gradient(x) else x, updates
+        lambda x: changed_in_place(finite_or_zero, jnp.asarray(x)) if is_gradient(x) else x, updates
     )
-
-
-def _zeroed(x: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isfinite(x), x, constant_like(0, x))
 
 
 def _any_nonfinite(x: Any) -> jax.Array:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import compiled as c
 import jax
-import jax.numpy as jnp
 import optax
 import programs
 import pytest
@@ -130,25 +129,12 @@ def test_on_tpu_parameters_and_moments_are_updated_in_place(target):
     assert ours.conditionals <= 1
 
 
-def by_select(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """A step is skipped by hand: the optimizer sees zeros, and its old state is selected."""
-
-    def update(updates, state, params):
-        go = jnp.isfinite(gradclip_jax.global_norm(updates))
-        zeroed = jax.tree.map(lambda g: jnp.where(go, g, 0), updates)
-        out, new = optimizer.update(zeroed, state, params)
-        out = jax.tree.map(lambda u: jnp.where(go, u, 0), out)
-        return out, jax.tree.map(lambda a, b: jnp.where(go, a, b), new, state)
-
-    return optax.GradientTransformation(optimizer.init, update)
-
-
 @tpu
 def test_on_tpu_a_guard_costs_no_more_than_selects_by_hand():
     tree, adamw = programs.experts(), optax.adamw(1e-3)
     ours, by_hand = (
         compiled(programs.update(tree, "float32", None, guarded), V5E).facts
-        for guarded in (gradclip_jax.skip_nonfinite(adamw), by_select(adamw))
+        for guarded in (gradclip_jax.skip_nonfinite(adamw), programs.by_select(adamw))
     )
     # It asks each element whether it is finite, too, for the time after it has given up.
     assert ours.cycles + ours.branch_cycles <= 1.01 * (by_hand.cycles + by_hand.branch_cycles)
