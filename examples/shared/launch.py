@@ -227,10 +227,13 @@ def _consequence(status: int) -> int:
 
 
 def _hung(ended: dict[int, int | None], logs: list[Path]) -> int | None:
-    """The process that others missed: it still runs, and jax ended them for its silence."""
+    """The process that others missed: it still runs, and jax ended them for its silence.
+
+    jax aborts a process then, or first raises in it, where it waits for all at a checkpoint.
+    """
     alive = [i for i, status in ended.items() if status is None]
     missed = all(
-        status == -signal.SIGABRT and b"heartbeat" in logs[i].read_bytes().lower()
+        status in (-signal.SIGABRT, 1) and b"heartbeat" in logs[i].read_bytes().lower()
         for i, status in ended.items()
         if status
     )

@@ -487,6 +487,10 @@ def test_a_crash_of_its_own_is_no_hanging_of_another(tmp_path):
     assert launch._hung({0: None, 1: -signal.SIGABRT}, logs) == 0
     assert launch._hung({0: -signal.SIGABRT, 1: -signal.SIGABRT}, logs) is None
     assert launch._hung({0: None, 1: -signal.SIGKILL}, logs) is None
+    logs[0].write_text("INTERNAL: Barrier failed because: Task 1 heartbeat timeout.")
+    assert launch._hung({0: 1, 1: None}, logs) == 1
+    logs[0].write_text("ValueError: a mistake of its own")
+    assert launch._hung({0: 1, 1: None}, logs) is None
 
 
 def slurm(text: Path, out: Path, *more: list[str], steps: int = 2) -> list[subprocess.Popen]:
