@@ -3,7 +3,7 @@
 import importlib.metadata as _metadata
 
 from ._backward import clip_cotangent as clip_cotangent
-from ._clip import ClipState as ClipState, clip_to_limit as clip_to_limit
+from ._clip import clip_to_limit as clip_to_limit
 from ._given import given_norm as given_norm
 from ._guards import (
     clip21 as clip21,
@@ -62,6 +62,7 @@ from ._rescale import (
     smooth_sqrt as smooth_sqrt,
     smooth_tanh as smooth_tanh,
 )
+from ._state import ClipState as ClipState
 from ._strategies.adagc import adagc as adagc
 from ._strategies.adaptive_grad_clip import adaptive_grad_clip as adaptive_grad_clip
 from ._strategies.autoclip import autoclip as autoclip

@@ -18,7 +18,7 @@ import optax
 from jax.core import Tracer
 
 from ._checks import Threshold, check_number, check_threshold
-from ._clip import ClipState, clip_to_limit
+from ._clip import clip_to_limit
 from ._devices import AxisName
 from ._guards import zero_nonfinite
 from ._limits import constant, maximum, minimum
@@ -39,6 +39,7 @@ from ._rescale import (
     smooth_sqrt,
     smooth_tanh,
 )
+from ._state import ClipState
 from ._strategies.adagc import adagc
 from ._strategies.adaptive_grad_clip import adaptive_grad_clip
 from ._strategies.autoclip import autoclip

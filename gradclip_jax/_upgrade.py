@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ._clip import ClipState, NonfiniteState
 from ._guards import Clip21State, ErrorFeedbackState, SkipState
+from ._state import ClipState, NonfiniteState
 
 
 def upgrade_state(saved: Any, fresh: Any) -> Any:

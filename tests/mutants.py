@@ -64,7 +64,7 @@ NORMS = [
     ),
     Mutant(
         "a state that keeps what it saw first",
-        "_clip.py",
+        "_state.py",
         "return jnp.where(old == new, old, new)",
         "return old",
         ("strategy_laws", "metrics"),
@@ -204,7 +204,7 @@ NORMS = [
     ),
     Mutant(
         "a gradient that is not averaged is clipped",
-        "_clip.py",
+        "_state.py",
         "    check_averaged(updates, params)",
         "    del updates",
         ("devices", "hard_cases"),
@@ -287,28 +287,28 @@ ENGINE = [
     ),
     Mutant(
         "`nonfinite_count` stands still",
-        "_clip.py",
-        "counted(state.nonfinite_count, nonfinite)",
+        "_state.py",
+        "increment_if(state.nonfinite_count, nonfinite)",
         "state.nonfinite_count",
         ("clip", "metrics", "*laws"),
     ),
     Mutant(
         "a counter overflows",
-        "_clip.py",
+        "_state.py",
         "jnp.where(flag & (count < jnp.iinfo(count.dtype).max), count + 1, count)",
         "jnp.where(flag, count + 1, count)",
         ("clip",),
     ),
     Mutant(
         "a counter with a weak type",
-        "_clip.py",
+        "_state.py",
         "clip_count=jnp.zeros((), jnp.int32),",
         "clip_count=jnp.asarray(0),",
         ("clip", "*laws"),
     ),
     Mutant(
         "one array twice in the initial state, which cannot be donated",
-        "_clip.py",
+        "_state.py",
         "    def full(number: float) -> Any:",
         "    @functools.cache\n    def full(number: float) -> Any:",
         ("clip", "windows", "*laws"),
@@ -507,8 +507,8 @@ GUARDS = [
     Mutant(
         "skips in a row are never reset",
         "_guards/skip.py",
-        "jnp.where(bad, counted(state.skips_in_a_row, skipped), 0)",
-        "counted(state.skips_in_a_row, skipped)",
+        "jnp.where(bad, increment_if(state.skips_in_a_row, skipped), 0)",
+        "increment_if(state.skips_in_a_row, skipped)",
         ("skips",),
     ),
     Mutant(
@@ -646,8 +646,8 @@ SEEING = [
     Mutant(
         "a clip of one group in many is taken for one of all",
         "_monitor/conditions.py",
-        'rate = min(rate, recent.counted("clip_count") / updates)',
-        'rate = max(rate, recent.counted("clip_count") / updates)',
+        'rate = min(rate, recent.increase_of("clip_count") / updates)',
+        'rate = max(rate, recent.increase_of("clip_count") / updates)',
         ("monitor",),
     ),
     Mutant(

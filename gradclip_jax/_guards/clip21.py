@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import check_transformation
-from .._clip import check_trees, check_type
 from .._export import exportable
+from .._state import check_trees, check_type
 from .error_feedback import added, cast_like, is_none, merged, zeros_like
 
 

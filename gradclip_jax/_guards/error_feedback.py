@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import Threshold, check_threshold, check_transformation
-from .._clip import check_trees, check_type, init_threshold, named_strategy, read_threshold
 from .._devices import AxisName, varying_like
 from .._export import exportable
+from .._inject import named_strategy
 from .._leaves import is_gradient, widen
 from .._limits import constant
 from .._norms import global_norm
 from .._rescale import factors, rescale, shrink
+from .._state import check_trees, check_type, init_threshold, read_threshold
 
 
 @exportable

@@ -11,24 +11,17 @@ import optax
 from jax.sharding import PartitionSpec
 
 from .._checks import Threshold, check_transformation, check_whole_number
-from .._clip import (
-    Measure,
-    check_trees,
-    check_type,
-    counted,
-    in_update,
-    measured_types,
-    named_strategy,
-    overwritten,
-)
+from .._clip import Measure, in_update, measured_types
 from .._devices import AxisName, filled_like, varying_like
 from .._export import exportable
 from .._given import GivenNorm
+from .._inject import named_strategy
 from .._leaves import is_gradient
-from .._limits import Limit, as_limit, constant, observe
+from .._limits import Limit, as_limit, constant, update_finite
 from .._memory import changed_in_place, constant_like
 from .._norms import global_norm, leaf_norms, leaf_sizes
 from .._rescale import factors, rescale, shrink
+from .._state import check_trees, check_type, increment_if, overwritten
 from .error_feedback import merged
 from .zero_nonfinite import finite_part
 
@@ -229,7 +222,7 @@ def _skip(
         check_trees(updates, params)
         norm = in_update(measure, extra_args)(updates, axis_name=axis_name)
         watched = norm if value is None else _mean_of(value, extra_args, norm, axis_name)
-        most, limit_state = observe(limit, watched, state.limit_state)
+        most, limit_state = update_finite(limit, watched, state.limit_state)
         finite = jnp.isfinite(norm) & jnp.isfinite(watched)
         bad = ~finite | (watched > most)
         skipped = bad & (state.skips_in_a_row < max_consecutive)
@@ -250,10 +243,10 @@ def _skip(
         new = (norm, varying_like(most, norm), skipped)
         return moved, SkipState(
             *overwritten(old, new),
-            skip_count=counted(state.skip_count, skipped),
-            skips_in_a_row=jnp.where(bad, counted(state.skips_in_a_row, skipped), 0),
-            nonfinite_count=counted(state.nonfinite_count, ~finite),
-            step_count=counted(state.step_count, True),
+            skip_count=increment_if(state.skip_count, skipped),
+            skips_in_a_row=jnp.where(bad, increment_if(state.skips_in_a_row, skipped), 0),
+            nonfinite_count=increment_if(state.nonfinite_count, ~finite),
+            step_count=increment_if(state.step_count, True),
             limit_state=limit_state,
             inner_state=inner_state,
         )

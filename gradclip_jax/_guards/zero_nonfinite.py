@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._clip import NonfiniteState, counted, transformation
 from .._devices import AxisName
 from .._leaves import is_gradient, norm_dtype
 from .._memory import changed_in_place, reduced_in_place
 from .._norms import global_norm
 from .._safe import all_finite, finite_or_zero
+from .._state import NonfiniteState, increment_if, transformation
 
 
 def zero_nonfinite(*, axis_name: AxisName = None) -> optax.GradientTransformationExtraArgs:
@@ -49,8 +49,8 @@ def zero_nonfinite(*, axis_name: AxisName = None) -> optax.GradientTransformatio
         )
         # The largest of the flags: one collective, and the same rules as for norms.
         met = global_norm(flags, order=jnp.inf, axis_name=axis_name) > 0
-        count = counted(state.nonfinite_count, met)
-        return finite_part(updates), NonfiniteState(count, counted(state.step_count, True))
+        count = increment_if(state.nonfinite_count, met)
+        return finite_part(updates), NonfiniteState(count, increment_if(state.step_count, True))
 
     return transformation(init, update)
 

@@ -9,6 +9,6 @@ from .limit import (
     constant as constant,
     maximum as maximum,
     minimum as minimum,
-    observe as observe,
-    observe_each as observe_each,
+    update_each as update_each,
+    update_finite as update_finite,
 )

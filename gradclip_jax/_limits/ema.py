@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .._checks import Threshold, check_above, check_between_0_and_1, check_number, check_steps
 from .._export import exportable
 from .limit import Limit
-from .moments import floored, learned, moved, spread_out
+from .moments import lerp, std_floor, std_update, unless_zero
 
 
 @exportable
@@ -93,7 +93,7 @@ def ema(
             return jnp.asarray(value).astype(norm.dtype)
 
         mean, deviation = state.average.mean, state.deviation
-        limit = number(ratio) * mean + number(k) * floored(deviation, mean)
+        limit = number(ratio) * mean + number(k) * std_floor(deviation, mean)
         if target and state.target:
             limit = jnp.where(norm > limit, number(target[0]) * state.target.mean, limit)
         warm = state.steps >= jnp.asarray(warmup_steps).astype(jnp.int32)
@@ -104,16 +104,16 @@ def ema(
         new = EmaState(
             steps=jnp.where(warm, state.steps, state.steps + 1),
             average=average,
-            deviation=spread_out(deviation, x - mean, weight, weight * (1 - weight)),
+            deviation=std_update(deviation, x - mean, weight, weight * (1 - weight)),
             target=None,
         )
         if target and state.target:
             new = new._replace(target=_taken_in(state.target, x, number(target[1])))
-        return limit, learned(norm, new, state)
+        return limit, unless_zero(norm, new, state)
 
     return Limit(init, update)
 
 
 def _taken_in(state: MeanState, norm: jax.Array, decay: jax.Array) -> MeanState:
     weight = decay * state.weight + 1
-    return MeanState(weight, moved(state.mean, norm, 1 / weight))
+    return MeanState(weight, lerp(state.mean, norm, 1 / weight))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .._checks import Threshold, check_above, check_number
 from .._export import exportable
 from .limit import Limit
-from .moments import learned, moved
+from .moments import lerp, unless_zero
 
 LEVEL_DECAY = 0.99  # of the mean that holds the limit up: it remembers some hundred norms
 
@@ -62,7 +62,7 @@ def growth(ratio: Threshold = 1.01, *, floor: float = 0.1) -> Limit:
         limit = jnp.where(state.norm > 0, limit, jnp.inf)
         x = jnp.minimum(norm, limit)
         total = LEVEL_DECAY * state.weight + 1
-        new = GrowthState(x, total, moved(state.level, x, 1 / total))
-        return limit, learned(norm, new, state)
+        new = GrowthState(x, total, lerp(state.level, x, 1 / total))
+        return limit, unless_zero(norm, new, state)
 
     return Limit(init, update)

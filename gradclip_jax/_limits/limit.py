@@ -21,13 +21,13 @@ class Limit(NamedTuple):
       update: `(norm, state) -> (limit, state)`. Elementwise: the limit has the shape of the norm,
         and the trailing axes of every array in the state of a limit that learns are those of the
         norm.
-      learns: Whether the state takes in the norm. If so, a norm that is not finite leaves the
-        state as it was, element by element (`observe` sees to it). A clock does not learn.
+      adaptive: Whether the state takes in the norm. If so, a norm that is not finite leaves the
+        state as it was, element by element (`update_finite` sees to it). A clock does not learn.
     """
 
     init: Callable[[jax.Array], Any]
     update: Callable[[jax.Array, Any], tuple[jax.Array, Any]]
-    learns: bool = True
+    adaptive: bool = True
 
 
 def constant(limit: Threshold) -> Limit:
@@ -53,9 +53,9 @@ def constant(limit: Threshold) -> Limit:
         return Limit(
             lambda norm: jnp.zeros((), jnp.int32),
             lambda norm, count: (_filled(limit(count), norm), optax.safe_increment(count)),
-            learns=False,
+            adaptive=False,
         )
-    return Limit(lambda norm: (), lambda norm, state: (_filled(limit, norm), state), learns=False)
+    return Limit(lambda norm: (), lambda norm, state: (_filled(limit, norm), state), adaptive=False)
 
 
 def minimum(a: Limit | Threshold, b: Limit | Threshold) -> Limit:
@@ -84,20 +84,20 @@ def maximum(a: Limit | Threshold, b: Limit | Threshold) -> Limit:
     return _joined(jnp.maximum, a, b)
 
 
-def observe(limit: Limit, norm: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+def update_finite(limit: Limit, norm: jax.Array, state: Any) -> tuple[jax.Array, Any]:
     """Update a limit, but let no norm that is not finite enter what it has learned."""
-    if not limit.learns:
+    if not limit.adaptive:
         return limit.update(norm, state)
     finite = jnp.isfinite(norm)
     value, new = limit.update(jnp.where(finite, norm, 0), state)
     return value, jax.tree.map(lambda n, old: jnp.where(finite, n, old), new, state)
 
 
-def observe_each(
+def update_each(
     limit: Limit, norms: Sequence[jax.Array], states: Sequence[Any]
 ) -> tuple[list[jax.Array], list[Any]]:
     """Observe each of several norms with its own state: the limits, and the states."""
-    found = elementwise(functools.partial(observe, limit), norms, states)
+    found = elementwise(functools.partial(update_finite, limit), norms, states)
     return [value for value, _ in found], [state for _, state in found]
 
 
@@ -122,8 +122,8 @@ def _joined(join: Callable[..., jax.Array], a: Limit | Threshold, b: Limit | Thr
         return a.init(norm), b.init(norm)
 
     def update(norm: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        limit_a, state_a = observe(a, norm, state[0])
-        limit_b, state_b = observe(b, norm, state[1])
+        limit_a, state_a = update_finite(a, norm, state[0])
+        limit_b, state_b = update_finite(b, norm, state[1])
         return join(limit_a, limit_b), (state_a, state_b)
 
-    return Limit(init, update, learns=False)
+    return Limit(init, update, adaptive=False)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from .._checks import Threshold, check_number, check_whole_number
 from .limit import Limit
-from .window import empty_window, entered, is_full, percentile_of
+from .window import is_full, new_window, percentile_of, push
 
 SIGMA_OF_MAD = 1.4826  # of a normal distribution: 1 / (its 75th percentile)
 LEAST_SIGMA = 1e-3  # of the median: for a window in which most norms are the same
@@ -44,13 +44,13 @@ def median(k: Threshold = 5.0, *, window: int = 128) -> Limit:
     window = check_whole_number("window", window)
 
     def init(norm: jax.Array) -> jax.Array:
-        return empty_window(norm, window)
+        return new_window(norm, window)
 
     def update(norm: jax.Array, norms: jax.Array) -> tuple[jax.Array, jax.Array]:
         middle = percentile_of(norms, 50)
         deviation = percentile_of(jnp.abs(norms - middle[None]), 50)
         sigma = jnp.maximum(SIGMA_OF_MAD * deviation, LEAST_SIGMA * middle)
         limit = middle + jnp.asarray(k).astype(norm.dtype) * sigma
-        return jnp.where(is_full(norms), limit, jnp.inf), entered(norms, norm)
+        return jnp.where(is_full(norms), limit, jnp.inf), push(norms, norm)
 
     return Limit(init, update)

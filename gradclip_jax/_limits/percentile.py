@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from .._checks import Threshold, check_percentile, check_whole_number
 from .limit import Limit
-from .window import empty_window, entered, is_full, percentile_of
+from .window import is_full, new_window, percentile_of, push
 
 
 def percentile(percentile: Threshold = 95.0, *, window: int = 128) -> Limit:
@@ -39,10 +39,10 @@ def percentile(percentile: Threshold = 95.0, *, window: int = 128) -> Limit:
     percentile, window = check_percentile(percentile), check_whole_number("window", window)
 
     def init(norm: jax.Array) -> jax.Array:
-        return empty_window(norm, window)
+        return new_window(norm, window)
 
     def update(norm: jax.Array, norms: jax.Array) -> tuple[jax.Array, jax.Array]:
         limit = jnp.where(is_full(norms), percentile_of(norms, percentile), jnp.inf)
-        return limit, entered(norms, norm)
+        return limit, push(norms, norm)
 
     return Limit(init, update)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from .._checks import Threshold, check_above, check_between_0_and_1
 from .limit import Limit
-from .moments import learned
+from .moments import unless_zero
 
 
 def quantile(quantile: Threshold = 0.5, *, learning_rate: float = 0.2, init: float = 1.0) -> Limit:
@@ -46,10 +46,10 @@ def quantile(quantile: Threshold = 0.5, *, learning_rate: float = 0.2, init: flo
 
     def update(norm: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
         eta, q = (jnp.asarray(x).astype(norm.dtype) for x in (rate, share))
-        moved = limit * jnp.exp(-eta * ((norm <= limit).astype(norm.dtype) - q))
+        new = limit * jnp.exp(-eta * ((norm <= limit).astype(norm.dtype) - q))
         # From 0 or infinity no factor leads back.
         info = jnp.finfo(norm.dtype)
-        moved = jnp.clip(moved, float(info.tiny), float(info.max))
-        return limit, learned(norm, moved, limit)
+        new = jnp.clip(new, float(info.tiny), float(info.max))
+        return limit, unless_zero(norm, new, limit)
 
     return Limit(init_state, update)

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 
 
-def empty_window(norm: jax.Array, window: int) -> jax.Array:
+def new_window(norm: jax.Array, window: int) -> jax.Array:
     """A window for norms like `norm` (zeros) along a new axis 0; infinity is an empty place."""
     # From the norm itself, so that the window varies and is split over devices as the norm is.
     return jnp.broadcast_to(norm + jnp.inf, (window, *norm.shape))
 
 
-def entered(norms: jax.Array, norm: jax.Array) -> jax.Array:
+def push(norms: jax.Array, norm: jax.Array) -> jax.Array:
     """The window after one more norm; the oldest leaves."""
     # A shift, not a place to write to: places would differ from norm to norm after a NaN, and the
     # sort reads the window anyway.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .._checks import Threshold, check_between_0_and_1, check_number, check_steps
 from .._export import exportable
 from .limit import Limit
-from .moments import floored, learned, moved, spread_out
+from .moments import lerp, std_floor, std_update, unless_zero
 
 
 @exportable
@@ -68,7 +68,7 @@ def zscore(z_max: Threshold = 2.5, decay: Threshold = 0.97, warmup_steps: int = 
         z, alpha = (jnp.asarray(x).astype(norm.dtype) for x in (z_max, decay))
         steps, mean, deviation = state
         warm = steps >= jnp.asarray(warmup_steps).astype(steps.dtype)
-        most = z * floored(deviation, mean)
+        most = z * std_floor(deviation, mean)
         above = norm - mean
         fires = above > most
         usable = fires & (most > 0)
@@ -83,9 +83,9 @@ def zscore(z_max: Threshold = 2.5, decay: Threshold = 0.97, warmup_steps: int = 
         share = weight * (1 - weight) * jnp.where(warm, 1 - weight, 1)
         new = ZScoreState(
             jnp.where(warm, steps, steps + 1),
-            moved(mean, x, weight),
-            spread_out(deviation, x - mean, weight, share),
+            lerp(mean, x, weight),
+            std_update(deviation, x - mean, weight, share),
         )
-        return limit, learned(norm, new, state)
+        return limit, unless_zero(norm, new, state)
 
     return Limit(init, update)

@@ -127,7 +127,7 @@ class Recent:
         half = [row for row in self.rows if row.step > self.rows[-1].step - self.window // 2]
         return sum(row.clipped * row.seen for row in half) / sum(row.seen for row in half)
 
-    def counted(self, count: str) -> float:
+    def increase_of(self, count: str) -> float:
         """By how much a counter rose after the first step; NaN where it was not given."""
         first, last = (row.values.get(count) for row in (self.rows[0], self.rows[-1]))
         return math.nan if first is None or last is None else float(last[-1] - first[0])

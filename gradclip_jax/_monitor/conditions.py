@@ -54,13 +54,13 @@ class LimitTooLow:
         """Hold when the rate over the window is above `max_rate`."""
         if not (recent.is_full and math.isfinite(row.clip_limit)):
             return None
-        rate, updates = recent.clipped, recent.counted("step_count")
+        rate, updates = recent.clipped, recent.increase_of("step_count")
         if updates == 0 and len(recent.rows) > 1:
             return None
         if updates > 0:
             # Of several groups the counter counts an update in which any was clipped, and what
             # was seen tells the share of groups; of steps between two records it alone tells.
-            rate = min(rate, recent.counted("clip_count") / updates)
+            rate = min(rate, recent.increase_of("clip_count") / updates)
         # At the start norms fall: then the second half of the window is clipped less.
         if not (rate > self.max_rate and recent.clipped_lately > self.max_rate):
             return None

@@ -19,7 +19,7 @@ from .rule import (
     check_mask,
     check_max_norm,
     equal_shares,
-    hold,
+    factors_of_examples,
     zeros_for,
 )
 
@@ -94,7 +94,9 @@ def per_example_clip(
 def _clipped(grads, max_norm, real, *, rule, dtype):
     leaves, treedef = jax.tree.flatten(grads)
     zeros = zeros_for([jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in leaves])
-    held = hold(array_norms(grads), [zero.size for zero in zeros], real, max_norm, rule)
+    held = factors_of_examples(
+        array_norms(grads), [zero.size for zero in zeros], real, max_norm, rule
+    )
     pairs = zip(add_scaled(zeros, grads, held), leaves, strict=True)
     cast = [total.astype(leaf.dtype if dtype is None else dtype) for total, leaf in pairs]
     clipped = jax.tree.map(lambda above: above + held.nonfinite, held.above)

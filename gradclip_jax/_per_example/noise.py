@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import check_above, check_number
-from .._clip import check_type
 from .._export import exportable
 from .._leaves import is_gradient, norm_dtype, widen
 from .._limits.quantile import quantile as quantile_limit
+from .._state import check_type
 from .rule import check_in_range, check_max_norm
 from .value_and_grad import PerExample
 

@@ -34,7 +34,7 @@ class Rule(NamedTuple):
     response: Response = shrink
 
 
-class Held(NamedTuple):
+class ExampleFactors(NamedTuple):
     """What is to be done with examples, and what was seen of them.
 
     Attributes:
@@ -146,7 +146,9 @@ def array_norms(grads: Any) -> Any:
     return jax.tree.map(lambda x: x.norms() if hasattr(x, "norms") else norms_of_examples(x), grads)
 
 
-def hold(norms: Any, sizes: Sequence[int], real: jax.Array, max_norm: Any, rule: Rule) -> Held:
+def factors_of_examples(
+    norms: Any, sizes: Sequence[int], real: jax.Array, max_norm: Any, rule: Rule
+) -> ExampleFactors:
     """What to do with examples of which the norm of each array is known.
 
     `sizes` has the number of elements of each array of one example, and `real` whether an example
@@ -174,7 +176,7 @@ def hold(norms: Any, sizes: Sequence[int], real: jax.Array, max_norm: Any, rule:
         pairs.append(factors(usable, lower, rule.response))
         above.append(jnp.sum(usable > limit, dtype=jnp.int32))
     seen = groups.unflatten([jnp.where(real, norm, 0) for norm in flat])
-    return Held(
+    return ExampleFactors(
         keep=keep,
         factors=[pairs[group] for group in index],
         limits=[limits[group] for group in index],
@@ -211,7 +213,7 @@ def zeros_for(tree: Any) -> list[jax.Array]:
     return [jnp.zeros(kind.shape, kind.dtype) for kind in kinds]
 
 
-def add_scaled(totals: list[jax.Array], grads: Any, held: Held) -> list[jax.Array]:
+def add_scaled(totals: list[jax.Array], grads: Any, held: ExampleFactors) -> list[jax.Array]:
     """Add examples, each scaled by its factors, to sums; those not kept add exactly nothing."""
     rows = zip(totals, jax.tree.leaves(grads), held.factors, held.limits, strict=True)
     return [

@@ -28,7 +28,7 @@ from .._norms import global_norm
 from .._rescale import Response, shrink
 from .ghost import ghost_gradients
 from .rule import (
-    Held,
+    ExampleFactors,
     Rule,
     Share,
     add_scaled,
@@ -38,7 +38,7 @@ from .rule import (
     check_max_norm,
     column,
     equal_shares,
-    hold,
+    factors_of_examples,
     zeros_for,
 )
 
@@ -483,12 +483,14 @@ class _Clipping(NamedTuple):
         pairs = zip(zeros_for(self.params), jax.tree.leaves(self.params), strict=True)
         return [varying_like(zero, leaf) for zero, leaf in pairs]
 
-    def add(self, totals: list[jax.Array], grads: Any, real: jax.Array) -> tuple[Any, Held]:
+    def add(
+        self, totals: list[jax.Array], grads: Any, real: jax.Array
+    ) -> tuple[Any, ExampleFactors]:
         sizes = [leaf.size for leaf in jax.tree.leaves(self.params)]
         if self.pre_clip is not None:
             before, grads = grads, jax.vmap(self.pre_clip)(grads)
             _check_same(before, grads)
-        held = hold(array_norms(grads), sizes, real, self.max_norm, self.rule)
+        held = factors_of_examples(array_norms(grads), sizes, real, self.max_norm, self.rule)
         return add_scaled(totals, grads, held), held
 
 

@@ -8,24 +8,23 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import Threshold, check_above, check_between_0_and_1, check_steps, check_threshold
-from .._clip import (
+from .._clip import apply_limits, measured_types
+from .._devices import AxisName, filled_like, vma_checked
+from .._export import exportable
+from .._inject import named_strategy
+from .._leaves import stacked_scalars
+from .._limits import Limit, constant, update_each
+from .._limits.moments import lerp, unless_zero
+from .._norms import global_norm, leaf_norms
+from .._rescale import OnNonfinite, check_on_nonfinite
+from .._state import (
     check_norms,
     check_trees,
-    hold,
     init_threshold,
     initial_state,
-    measured_types,
-    named_strategy,
     read_threshold,
     transformation,
 )
-from .._devices import AxisName, filled_like, vma_checked
-from .._export import exportable
-from .._leaves import stacked_scalars
-from .._limits import Limit, constant, observe_each
-from .._limits.moments import learned, moved
-from .._norms import global_norm, leaf_norms
-from .._rescale import OnNonfinite, check_on_nonfinite
 
 
 @exportable
@@ -117,7 +116,7 @@ def adagc(
         limits, levels = _limits_and_levels(
             flat, treedef.flatten_up_to(state.limit_state.level), largest, warm, ratio, decay
         )
-        return hold(
+        return apply_limits(
             updates,
             norms,
             limits,
@@ -147,8 +146,8 @@ def _limits_and_levels(norms, levels, max_norm, warm, ratio, decay):
         limit = jnp.where(warm, later, first)
         x = jnp.minimum(norm, limit)
         weight = 1 - jnp.asarray(decay).astype(norm.dtype)
-        new = jnp.where(warm, moved(level, x, weight), jnp.minimum(level, x))
-        return limit, learned(x, jnp.where(known, new, x), level)
+        new = jnp.where(warm, lerp(level, x, weight), jnp.minimum(level, x))
+        return limit, unless_zero(x, jnp.where(known, new, x), level)
 
     of_array = Limit(lambda norm: norm, update)
-    return observe_each(of_array, norms, levels)
+    return update_each(of_array, norms, levels)

@@ -8,21 +8,20 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import Threshold, check_threshold
-from .._clip import (
-    check_params,
-    check_trees,
-    hold,
-    init_threshold,
-    initial_state,
-    measured_types,
-    named_strategy,
-    read_threshold,
-    transformation,
-)
+from .._clip import apply_limits, measured_types
 from .._devices import AxisName, of_pair
+from .._inject import named_strategy
 from .._limits import constant
 from .._norms import Axes, unit_norms
 from .._rescale import OnNonfinite, check_on_nonfinite
+from .._state import (
+    check_params,
+    check_trees,
+    init_threshold,
+    initial_state,
+    read_threshold,
+    transformation,
+)
 
 
 @named_strategy
@@ -96,7 +95,7 @@ def adaptive_grad_clip(
         fraction, ratio_state = read_threshold(ratio, state.limit_state[0])
         floor, least_state = read_threshold(least, state.limit_state[1])
         limits = jax.tree.map(lambda _, w: fraction * jnp.maximum(w, floor), norms, weights)
-        return hold(
+        return apply_limits(
             updates,
             norms,
             jax.tree.leaves(limits),

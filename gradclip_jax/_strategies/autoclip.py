@@ -4,10 +4,11 @@ import jax
 import optax
 
 from .._checks import Threshold, check_percentile, check_whole_number
-from .._clip import Measure, clip_to_limit, named_strategy
+from .._clip import Measure, clip_to_limit
 from .._devices import AxisName
+from .._inject import named_strategy
 from .._limits import Limit
-from .._limits.window import empty_window, entered, percentile_of
+from .._limits.window import new_window, percentile_of, push
 from .._norms import global_norm
 from .._rescale import OnNonfinite
 
@@ -76,10 +77,10 @@ def _percentile_so_far(percentile: Threshold, window: int) -> Limit:
     percentile, window = check_percentile(percentile), check_whole_number("window", window)
 
     def init(norm: jax.Array) -> jax.Array:
-        return empty_window(norm, window)
+        return new_window(norm, window)
 
     def update(norm: jax.Array, norms: jax.Array) -> tuple[jax.Array, jax.Array]:
-        norms = entered(norms, norm)
+        norms = push(norms, norm)
         return percentile_of(norms, percentile), norms
 
     return Limit(init, update)

@@ -6,20 +6,13 @@ import jax
 import optax
 
 from .._checks import Threshold, check_threshold
-from .._clip import (
-    check_trees,
-    hold,
-    init_threshold,
-    initial_state,
-    measured_types,
-    named_strategy,
-    read_threshold,
-    transformation,
-)
+from .._clip import apply_limits, measured_types
 from .._devices import AxisName
+from .._inject import named_strategy
 from .._limits import constant
 from .._norms import leaf_norms, leaf_sizes
 from .._rescale import OnNonfinite, check_on_nonfinite
+from .._state import check_trees, init_threshold, initial_state, read_threshold, transformation
 
 
 @named_strategy
@@ -70,7 +63,7 @@ def clip_by_block_rms(
         roots = jax.tree.map(math.sqrt, leaf_sizes(updates, axis_name=axis_name))
         limit, limit_state = read_threshold(rms, state.limit_state)
         limits = [limit * root for root in jax.tree.leaves(roots)]
-        return hold(
+        return apply_limits(
             updates,
             norms,
             limits,

@@ -9,17 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import Threshold, check_threshold
-from .._clip import (
-    check_trees,
-    init_threshold,
-    initial_state,
-    measured_types,
-    named_strategy,
-    read_threshold,
-    record,
-    transformation,
-)
+from .._clip import measured_types
 from .._devices import AxisName, replicate_matrices, reshard_like
+from .._inject import named_strategy
 from .._leaves import broadcast_prefix, is_function, is_gradient, path_name, widen
 from .._limits import constant
 from .._matrices import check_whole_matrices, product, quintic
@@ -28,6 +20,14 @@ from .._norms import global_norm, leaf_norms
 from .._polynomials import polar_factor
 from .._rescale import OnNonfinite, check_on_nonfinite, shrink
 from .._safe import all_finite, powers_near
+from .._state import (
+    check_trees,
+    init_threshold,
+    initial_state,
+    next_state,
+    read_threshold,
+    transformation,
+)
 
 Split = tuple[jax.Array, Callable[[jax.Array], jax.Array]]
 
@@ -203,7 +203,7 @@ def clip_by_dual_norm(
             step = reshard_like(point(duals[i]), x)
             step = jnp.where(most < jnp.inf, step * length.astype(step.dtype), widen(x))
             leaves[i] = to_memory_of(jnp.where(finite, step, fill).astype(x.dtype), leaves[i])
-        return tree.unflatten(leaves), record(
+        return tree.unflatten(leaves), next_state(
             state,
             norm,
             most,

@@ -5,8 +5,9 @@ import functools
 import optax
 
 from .._checks import Threshold, check_threshold
-from .._clip import clip_to_limit, named_strategy
+from .._clip import clip_to_limit
 from .._devices import AxisName
+from .._inject import named_strategy
 from .._limits import constant
 from .._norms import check_order, global_norm
 from .._rescale import OnNonfinite, Response, shrink

@@ -7,19 +7,13 @@ from typing import Any
 import optax
 
 from .._checks import Threshold, check_threshold
-from .._clip import (
-    check_trees,
-    clip_to_limit,
-    hold,
-    initial_state,
-    measured_types,
-    named_strategy,
-    transformation,
-)
+from .._clip import apply_limits, clip_to_limit, measured_types
 from .._devices import AxisName, filled_like
-from .._limits import constant, observe
+from .._inject import named_strategy
+from .._limits import constant, update_finite
 from .._norms import group_norms
 from .._rescale import OnNonfinite, check_on_nonfinite
+from .._state import check_trees, initial_state, transformation
 
 
 @named_strategy
@@ -90,12 +84,12 @@ def clip_by_group_norm(
         check_trees(updates, params)
         norms = measure(updates, axis_name=axis_name)
         observed = {
-            label: observe(limits[label], norm, state.limit_state[label])
+            label: update_finite(limits[label], norm, state.limit_state[label])
             for label, norm in norms.items()
         }
         limit_of_label = [observed[label][0] for label in norms]
         limit_state = {label: observed[label][1] for label in norms}
-        return hold(
+        return apply_limits(
             updates,
             norms,
             limit_of_label,

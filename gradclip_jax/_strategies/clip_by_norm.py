@@ -3,8 +3,9 @@
 import optax
 
 from .._checks import Threshold, check_threshold
-from .._clip import clip_to_limit, named_strategy
+from .._clip import clip_to_limit
 from .._devices import AxisName
+from .._inject import named_strategy
 from .._limits import constant
 from .._norms import leaf_norms
 from .._rescale import OnNonfinite

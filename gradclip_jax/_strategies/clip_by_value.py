@@ -8,22 +8,22 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import Threshold, check_lower_bound, check_threshold
-from .._clip import (
-    check_trees,
-    init_threshold,
-    initial_state,
-    measured_types,
-    named_strategy,
-    read_threshold,
-    record,
-    transformation,
-)
+from .._clip import measured_types
 from .._devices import AxisName, of_pair
+from .._inject import named_strategy
 from .._leaves import is_gradient
 from .._limits import constant
 from .._memory import changed_in_place, constant_like
 from .._norms import global_norm, group_norms
 from .._rescale import OnNonfinite, check_on_nonfinite, clamped, ratio, shrink
+from .._state import (
+    check_trees,
+    init_threshold,
+    initial_state,
+    next_state,
+    read_threshold,
+    transformation,
+)
 
 
 @named_strategy
@@ -95,7 +95,7 @@ def clip_by_value(
         )
         finite = jnp.isfinite(norm)
         factor = jnp.where(finite, shrink(norm, bound), fill)
-        return held, record(
+        return held, next_state(
             state,
             norm,
             bound,

@@ -3,8 +3,9 @@
 import optax
 
 from .._checks import Threshold
-from .._clip import Measure, clip_to_limit, named_strategy
+from .._clip import Measure, clip_to_limit
 from .._devices import AxisName
+from .._inject import named_strategy
 from .._limits.median import median
 from .._norms import global_norm
 from .._rescale import OnNonfinite

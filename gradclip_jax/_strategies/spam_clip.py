@@ -9,22 +9,22 @@ import optax
 from jax.core import Tracer
 
 from .._checks import Threshold, check_between_0_and_1, check_threshold, check_whole_number
-from .._clip import (
-    check_trees,
-    init_threshold,
-    initial_state,
-    measured_types,
-    named_strategy,
-    read_threshold,
-    record,
-    transformation,
-)
+from .._clip import measured_types
 from .._devices import AxisName, filled_like
+from .._inject import named_strategy
 from .._leaves import broadcast_prefix, is_gradient, widen
 from .._limits import constant
 from .._memory import to_device, to_memory_of
 from .._norms import global_norm
 from .._rescale import OnNonfinite, check_on_nonfinite, clamped, ratio, shrink
+from .._state import (
+    check_trees,
+    init_threshold,
+    initial_state,
+    next_state,
+    read_threshold,
+    transformation,
+)
 
 
 @named_strategy
@@ -120,7 +120,7 @@ def spam_clip(
             leaves[i], arrays[i], ratios[i] = leaf, rms, times
         norm = _largest(tree.unflatten(ratios), axis_name=axis_name)
         finite = jnp.isfinite(norm)
-        return tree.unflatten(leaves), record(
+        return tree.unflatten(leaves), next_state(
             state,
             norm,
             most,

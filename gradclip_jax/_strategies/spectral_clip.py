@@ -10,18 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import Threshold, check_threshold, check_whole_number
-from .._clip import (
-    check_norms,
-    check_trees,
-    init_threshold,
-    initial_state,
-    measured_types,
-    named_strategy,
-    read_threshold,
-    record,
-    transformation,
-)
+from .._clip import measured_types
 from .._devices import AxisName, any_device, replicate_matrices, reshard_like, varying_like
+from .._inject import named_strategy
 from .._leaves import widen
 from .._limits import constant
 from .._matrices import adjoint, check_whole_matrices, identities, matrix_norms, product, scaled
@@ -38,6 +29,15 @@ from .._rescale import (
     smooth_sqrt,
 )
 from .._safe import powers_near
+from .._state import (
+    check_norms,
+    check_trees,
+    init_threshold,
+    initial_state,
+    next_state,
+    read_threshold,
+    transformation,
+)
 
 
 @named_strategy
@@ -226,7 +226,7 @@ def _of_matrices(
         for i, leaf in zip(held, changed, strict=True):
             leaves[i] = to_memory_of(reshard_like(leaf, leaves[i]), leaves[i])
         flags = any_device(flags, axis_name)
-        return tree.unflatten(leaves), record(
+        return tree.unflatten(leaves), next_state(
             state,
             *(jax.tree.structure(norms).unflatten(arrays) for arrays in of_norms),
             clipped=flags[0],

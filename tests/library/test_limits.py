@@ -10,14 +10,14 @@ import pytest
 
 import gradclip_jax
 from gradclip_jax import Limit, clip_to_limit, constant, ema, growth, maximum, minimum, zscore
-from gradclip_jax._limits import observe
+from gradclip_jax._limits import update_finite
 
 
 def limits_of(limit: Limit, norms, dtype=jnp.float32):
     state = limit.init(jnp.zeros((), dtype))
     values = []
     for norm in norms:
-        value, state = observe(limit, jnp.asarray(norm, dtype), state)
+        value, state = update_finite(limit, jnp.asarray(norm, dtype), state)
         values.append(float(value))
     return values, state
 
@@ -68,9 +68,9 @@ def test_what_is_not_finite_never_enters_what_a_limit_has_learned(bad):
 def test_learning_is_protected_element_by_element_and_within_joins():
     for limit in (last_norm, minimum(last_norm, 100.0), maximum(0.5, last_norm)):
         state = limit.init(jnp.zeros(2))
-        _, state = observe(limit, jnp.array([3.0, 4.0]), state)
-        _, state = observe(limit, jnp.array([jnp.nan, 7.0]), state)
-        value, _ = observe(limit, jnp.array([1.0, 1.0]), state)
+        _, state = update_finite(limit, jnp.array([3.0, 4.0]), state)
+        _, state = update_finite(limit, jnp.array([jnp.nan, 7.0]), state)
+        value, _ = update_finite(limit, jnp.array([1.0, 1.0]), state)
         np.testing.assert_array_equal(value, [3.0, 7.0])
 
 
@@ -155,5 +155,5 @@ def test_the_message_names_argument_rule_and_value():
 
 def test_the_clock_of_a_schedule_stops_at_its_largest_value():
     most = jnp.int32(2**31 - 1)
-    _, count = observe(constant(lambda count: 1.0), jnp.float32(1.0), most)
+    _, count = update_finite(constant(lambda count: 1.0), jnp.float32(1.0), most)
     assert int(count) == 2**31 - 1

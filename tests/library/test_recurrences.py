@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import gradclip_jax
 from gradclip_jax._devices import varying_axes
-from gradclip_jax._limits import Limit, observe
+from gradclip_jax._limits import Limit, update_finite
 from gradclip_jax._limits.ema import ema
 from gradclip_jax._limits.growth import growth
 from gradclip_jax._limits.quantile import quantile
@@ -58,7 +58,7 @@ def scanned(limit: Limit, norms, state=None, dtype=jnp.float32):
 @functools.partial(jax.jit, static_argnums=0)
 def scan(limit, state, norms):
     def step(state, norm):
-        value, state = observe(limit, norm, state)
+        value, state = update_finite(limit, norm, state)
         return state, (value, state)
 
     return jax.lax.scan(step, state, norms)
@@ -189,7 +189,7 @@ def test_scan_is_the_loop(limit):
     norms = stream()
     values, _, last = scanned(limit, norms)
     state = limit.init(jnp.zeros(()))
-    update = jax.jit(functools.partial(observe, limit))
+    update = jax.jit(functools.partial(update_finite, limit))
     for norm, expected in zip(norms, values, strict=True):
         value, state = update(jnp.float32(norm), state)
         np.testing.assert_allclose(value, expected, rtol=1e-6)
@@ -246,7 +246,7 @@ def test_states_vary_over_devices_as_the_norms_do(limit):
     @functools.partial(jax.shard_map, mesh=make_mesh(data=8), in_specs=P("data"), out_specs=P())
     def run(norms):
         def step(state, _):
-            value, state = observe(limit, norms, state)
+            value, state = update_finite(limit, norms, state)
             return state, value
 
         state, values = jax.lax.scan(step, limit.init(norms * 0), length=3)

@@ -14,10 +14,10 @@ from conftest import make_mesh
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import gradclip_jax
-from gradclip_jax._limits import minimum, observe
+from gradclip_jax._limits import minimum, update_finite
 from gradclip_jax._limits.median import median
 from gradclip_jax._limits.percentile import percentile
-from gradclip_jax._limits.window import empty_window, entered, is_full, percentile_of
+from gradclip_jax._limits.window import is_full, new_window, percentile_of, push
 from gradclip_jax._strategies.autoclip import _percentile_so_far, autoclip
 from gradclip_jax._strategies.median_clip import median_clip
 from gradclip_jax._strategies.percentile_clip import percentile_clip
@@ -40,7 +40,7 @@ def stream(length=300, seed=0):
 @functools.partial(jax.jit, static_argnums=0)
 def scanned(limit, norms, state):
     def step(state, norm):
-        value, state = observe(limit, norm, state)
+        value, state = update_finite(limit, norm, state)
         return state, value
 
     state, values = jax.lax.scan(step, state, norms)
@@ -199,10 +199,10 @@ def test_a_percentile_is_never_above_its_neighbour():
 
 
 def test_the_newest_norm_is_first_and_the_oldest_leaves():
-    norms = empty_window(jnp.zeros(()), 3)
+    norms = new_window(jnp.zeros(()), 3)
     for norm in (1.0, 2.0, 3.0, 4.0):
         assert bool(is_full(norms)) == (norm > 3)
-        norms = entered(norms, jnp.float32(norm))
+        norms = push(norms, jnp.float32(norm))
     np.testing.assert_array_equal(norms, [4.0, 3.0, 2.0])
 
 
