@@ -104,12 +104,12 @@ MODELS = {
 CLIPS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "none": lambda max_norm: optax.identity(),
     "constant": gradclip_jax.clip_by_global_norm,
-    "percentile": lambda max_norm: gradclip_jax.percentile_clip(),
+    "percentile": lambda max_norm: gradclip_jax.clip_to_limit(gradclip_jax.limits.percentile()),
     "zclip": lambda max_norm: gradclip_jax.zclip(),
     "adagc": lambda max_norm: gradclip_jax.adagc(),
-    "median": lambda max_norm: gradclip_jax.median_clip(),
+    "median": lambda max_norm: gradclip_jax.clip_to_limit(gradclip_jax.limits.median()),
     "capped-percentile": lambda max_norm: gradclip_jax.clip_to_limit(
-        gradclip_jax.minimum(gradclip_jax.percentile(95.0), max_norm)
+        gradclip_jax.limits.minimum(gradclip_jax.limits.percentile(95.0), max_norm)
     ),
 }
 

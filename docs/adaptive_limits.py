@@ -21,14 +21,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import gradclip_jax
+from gradclip_jax import clip_to_limit, limits
 
 CLIPS = {
-    "percentile": gradclip_jax.percentile_clip(),
+    "percentile": clip_to_limit(limits.percentile()),
     "autoclip(window=100)": gradclip_jax.autoclip(window=100),
-    "median": gradclip_jax.median_clip(),
-    "quantile": gradclip_jax.quantile_clip(),
+    "median": clip_to_limit(limits.median()),
+    "quantile": clip_to_limit(limits.running_quantile()),
     "zscore": gradclip_jax.zclip(max_norm=None),
-    "ema": gradclip_jax.ema_clip(),
+    "ema": clip_to_limit(limits.ema()),
     "growth": gradclip_jax.limit_norm_growth(),
     "adagc": gradclip_jax.adagc(max_norm=None),
 }

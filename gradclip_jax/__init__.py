@@ -2,8 +2,9 @@
 
 import importlib.metadata as _metadata
 
+from . import balls as balls, limits as limits, responses as responses
 from ._backward import clip_cotangent as clip_cotangent
-from ._clip import clip_to_limit as clip_to_limit
+from ._clip import clip_norms as clip_norms, clip_to_limit as clip_to_limit
 from ._given import given_norm as given_norm
 from ._guards import (
     clip21 as clip21,
@@ -19,13 +20,7 @@ from ._interop import (
     from_torch as from_torch,
     from_transformers as from_transformers,
 )
-from ._limits import Limit as Limit, constant as constant, maximum as maximum, minimum as minimum
-from ._limits.ema import ema as ema
-from ._limits.growth import growth as growth
-from ._limits.median import median as median
-from ._limits.percentile import percentile as percentile
-from ._limits.quantile import quantile as quantile
-from ._limits.zscore import zscore as zscore
+from ._limits import Limit as Limit, Limits as Limits, each as each
 from ._metrics import metrics as metrics
 from ._monitor import (
     Alert as Alert,
@@ -45,7 +40,6 @@ from ._norms import (
 )
 from ._per_example import (
     PerExample as PerExample,
-    automatic as automatic,
     clipped_value_and_grad as clipped_value_and_grad,
     equal_shares as equal_shares,
     gaussian_noise as gaussian_noise,
@@ -54,39 +48,22 @@ from ._per_example import (
     size_shares as size_shares,
     split_noise as split_noise,
 )
-from ._rescale import (
-    drop as drop,
-    normalize as normalize,
-    shrink as shrink,
-    smooth as smooth,
-    smooth_sqrt as smooth_sqrt,
-    smooth_tanh as smooth_tanh,
-)
 from ._state import ClipState as ClipState
 from ._strategies.adagc import adagc as adagc
 from ._strategies.adaptive_grad_clip import adaptive_grad_clip as adaptive_grad_clip
 from ._strategies.autoclip import autoclip as autoclip
 from ._strategies.clip_by_block_rms import clip_by_block_rms as clip_by_block_rms
-from ._strategies.clip_by_dual_norm import (
-    Ball as Ball,
-    clip_by_dual_norm as clip_by_dual_norm,
-    euclidean_ball as euclidean_ball,
-    exact_spectral_ball as exact_spectral_ball,
-    newton_schulz_ball as newton_schulz_ball,
-    sign_ball as sign_ball,
-    spectral_ball as spectral_ball,
-)
+from ._strategies.clip_by_dual_norm import clip_by_dual_norm as clip_by_dual_norm
 from ._strategies.clip_by_global_norm import clip_by_global_norm as clip_by_global_norm
 from ._strategies.clip_by_group_norm import clip_by_group_norm as clip_by_group_norm
 from ._strategies.clip_by_norm import clip_by_norm as clip_by_norm
 from ._strategies.clip_by_unit_norm import clip_by_unit_norm as clip_by_unit_norm
-from ._strategies.clip_by_value import clip_by_value as clip_by_value
-from ._strategies.ema_clip import ema_clip as ema_clip
+from ._strategies.clip_by_value import (
+    clip_by_range as clip_by_range,
+    clip_by_value as clip_by_value,
+)
 from ._strategies.limit_norm_growth import limit_norm_growth as limit_norm_growth
-from ._strategies.median_clip import median_clip as median_clip
 from ._strategies.normalize_by_norm import normalize_by_norm as normalize_by_norm
-from ._strategies.percentile_clip import percentile_clip as percentile_clip
-from ._strategies.quantile_clip import quantile_clip as quantile_clip
 from ._strategies.spam_clip import spam_clip as spam_clip
 from ._strategies.spectral_clip import (
     soft_spectral_clip as soft_spectral_clip,

@@ -45,10 +45,7 @@ def check_lower_bound(name: str, value: Threshold) -> Threshold:
     if callable(value):
         schedule = _checked_schedule(name, value)
         return lambda count: -jnp.asarray(schedule(count))
-    rule = (
-        f"`{name}` must be a lower bound where `upper` is given, a number at most 0, a scalar "
-        f"array or a schedule, got {value!r}: leave `upper` out to clip between -{name} and {name}."
-    )
+    rule = f"`{name}` must be at most 0, a number, a scalar array or a schedule, got {value!r}."
     if value is None or isinstance(value, bool):
         raise ValueError(rule)
     if jnp.issubdtype(getattr(value, "dtype", float), jnp.unsignedinteger):

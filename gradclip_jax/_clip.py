@@ -10,12 +10,13 @@ import optax
 
 from ._checks import accepts, takes
 from ._devices import AxisName, any_device, filled_like, manual_axes, varying_like
+from ._inject import strategy
 from ._leaves import (
     broadcast_norms,
     is_gradient,
     stacked_scalars,
 )
-from ._limits import Limit, as_limit, update_each
+from ._limits import Limit, Limits, each
 from ._norms import global_norm
 from ._reduce import elementwise
 from ._rescale import (
@@ -45,11 +46,12 @@ One that also has an argument `extra_args` gets the extra arguments of the updat
 """
 
 
+@strategy("limit")
 def clip_to_limit(
     limit: Limit | Any,
+    *,
     measure: Measure = global_norm,
     response: Response = shrink,
-    *,
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
@@ -87,30 +89,83 @@ def clip_to_limit(
     >>> print(updates["w"], updates["b"])
     [0.6 0.8] [0.5]
     """
-    limit = as_limit(limit)
+    return clip_norms(
+        each(limit),
+        measure=measure,
+        response=response,
+        axis_name=axis_name,
+        on_nonfinite=on_nonfinite,
+    )
+
+
+def clip_norms(
+    limits: Limits,
+    *,
+    measure: Measure = global_norm,
+    response: Response = shrink,
+    axis_name: AxisName = None,
+    on_nonfinite: OnNonfinite = "zero",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clip norms to limits that may depend on all norms of the tree, and on the params.
+
+    $$ g_k \leftarrow g_k \cdot \text{response}(n_k, l_k), \quad
+       l = \text{limits}(n), \quad n = \text{measure}(g) $$
+
+    Use it for a rule that one norm alone does not decide: a cap on the whole while each array has
+    a limit, limits in proportion to roots of sizes. `clip_to_limit(limit)` is
+    `clip_norms(each(limit))`.
+
+    Args:
+      limits: A `Limits`: a pair of functions, `init` and `update`.
+      measure: See `clip_to_limit`.
+      response: See `clip_to_limit`.
+      axis_name: See `clip_to_limit`.
+      on_nonfinite: See `clip_to_limit`.
+
+    Returns:
+      A transformation with a `ClipState`.
+
+    Raises:
+      ValueError: As `clip_to_limit`.
+
+    >>> import gradclip_jax, jax, jax.numpy as jnp
+    >>> def update(norms, state, updates, params):  # the mean of the norms
+    ...     mean = sum(norms.values()) / len(norms)
+    ...     return {name: mean for name in norms}, state
+    >>> limits = gradclip_jax.Limits(lambda norms: (), update)
+    >>> clip = gradclip_jax.clip_norms(limits, measure=gradclip_jax.leaf_norms)
+    >>> grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([1.0])}  # norms 5 and 1
+    >>> updates, state = clip.update(grads, clip.init(grads))
+    >>> print(updates["w"], updates["b"])
+    [1.8000001 2.4      ] [1.]
+    """
+    if not isinstance(limits, Limits):
+        raise ValueError(
+            f"`limits` must be a `Limits`, got {limits!r}. Pass a limit on one norm to "
+            "`clip_to_limit`, or as `each(limit)`."
+        )
     _check_measure(measure)
     check_response(response)
     check_on_nonfinite(on_nonfinite)
 
     def init(params: Any) -> ClipState:
         norms = measured_types(measure, params, axis_name)
-        zeros = [filled_like(0.0, kind) for kind in jax.tree.leaves(norms)]
-        return initial_state(norms, memory(zeros))
+        return initial_state(
+            norms, limits.init(jax.tree.map(functools.partial(filled_like, 0.0), norms))
+        )
 
-    def memory(norms: Any) -> tuple[Any, ...]:
-        return tuple(limit.init(norm) for norm in jax.tree.leaves(norms))
-
-    def update(updates, state, params=None, **extra_args):
+    def update(
+        updates: Any, state: ClipState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, ClipState]:
         check_trees(updates, params)
         norms = in_update(measure, extra_args)(updates, axis_name=axis_name)
         check_norms(norms, state)
-        limits, limit_states = update_each(limit, jax.tree.leaves(norms), state.limit_state)
-        limit_state = tuple(limit_states)
+        of_norms, limit_state = limits.update(norms, state.limit_state, updates, params)
         return apply_limits(
-            updates, norms, limits, state, limit_state, response, on_nonfinite, axis_name
+            updates, norms, of_norms, state, limit_state, response, on_nonfinite, axis_name
         )
 
-    return transformation(init, update, memory)
+    return transformation(init, update, limits.init)
 
 
 def measured_types(measure: Measure, params: Any, axis_name: AxisName) -> Any:
@@ -137,19 +192,15 @@ def apply_limits(
     on_nonfinite: OnNonfinite = "zero",
     axis_name: AxisName = None,
 ) -> tuple[Any, ClipState]:
-    """Hold norms to limits: rescale the updates, and write down what was done.
-
-    `limits` has a limit for each leaf of the norms.
-    """
+    """Hold norms to limits: rescale the updates, and write down what was done."""
     flat, treedef = jax.tree.flatten(norms)
-    check_norms(norms, state)
     leaves, tree = jax.tree.flatten(updates)
     index = broadcast_norms(treedef.unflatten(range(len(flat))), updates)
     counted = [i for i, leaf in enumerate(leaves) if is_gradient(leaf) and index[i] is not None]
     arrays, clip_limits, clip_factors, flags = _apply_limits(
         [leaves[i] for i in counted],
         flat,
-        list(limits),
+        treedef.flatten_up_to(limits),
         index=tuple(index[i] for i in counted),
         response=response,
         on_nonfinite=on_nonfinite,

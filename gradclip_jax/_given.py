@@ -67,9 +67,9 @@ def given_norm(name: str) -> GivenNorm:
       ValueError: For a name that is none.
 
     >>> import gradclip_jax, jax.numpy as jnp
-    >>> clip = gradclip_jax.clip_to_limit(1.0, gradclip_jax.given_norm("grad_norm"))
+    >>> clip = gradclip_jax.clip_to_limit(1.0, measure=gradclip_jax.given_norm("norm"))
     >>> grads = jnp.array([3.0, 4.0])
-    >>> updates, state = clip.update(grads, clip.init(grads), grad_norm=10.0)
+    >>> updates, state = clip.update(grads, clip.init(grads), norm=10.0)
     >>> print(updates)
     [0.3 0.4]
     """

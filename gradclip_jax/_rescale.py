@@ -27,7 +27,7 @@ def shrink(norm: jax.Array, limit: jax.Array, *, eps: float = 0.0) -> jax.Array:
     `clip_grad_norm_` has 1e-6: `functools.partial(shrink, eps=1e-6)` gives its numbers.
 
     >>> import jax.numpy as jnp
-    >>> from gradclip_jax import shrink
+    >>> from gradclip_jax.responses import shrink
     >>> float(shrink(jnp.float32(10.0), jnp.float32(5.0)))
     0.5
     """
@@ -41,7 +41,7 @@ def normalize(norm: jax.Array, limit: jax.Array) -> jax.Array:
     """Bring every norm to the limit, small ones too (limit / norm); zero stays zero.
 
     >>> import jax.numpy as jnp
-    >>> from gradclip_jax import normalize
+    >>> from gradclip_jax.responses import normalize
     >>> float(normalize(jnp.float32(0.5), jnp.float32(1.0)))
     2.0
     """
@@ -57,7 +57,7 @@ def smooth(norm: jax.Array, limit: jax.Array) -> jax.Array:
     Optimization*, 2020, https://arxiv.org/abs/2010.02519, as in its reference implementation.
 
     >>> import jax.numpy as jnp
-    >>> from gradclip_jax import smooth
+    >>> from gradclip_jax.responses import smooth
     >>> float(smooth(jnp.float32(5.0), jnp.float32(5.0)))
     0.5
     """
@@ -71,7 +71,7 @@ def smooth_sqrt(norm: jax.Array, limit: jax.Array) -> jax.Array:
     https://arxiv.org/abs/2603.14315.
 
     >>> import jax.numpy as jnp
-    >>> from gradclip_jax import smooth_sqrt
+    >>> from gradclip_jax.responses import smooth_sqrt
     >>> round(float(smooth_sqrt(jnp.float32(5.0), jnp.float32(5.0))), 4)
     0.7071
     """
@@ -90,7 +90,7 @@ def smooth_tanh(norm: jax.Array, limit: jax.Array) -> jax.Array:
     The response of *SoftAdaClip*, 2025, https://arxiv.org/abs/2510.01447.
 
     >>> import jax.numpy as jnp
-    >>> from gradclip_jax import smooth_tanh
+    >>> from gradclip_jax.responses import smooth_tanh
     >>> round(float(smooth_tanh(jnp.float32(5.0), jnp.float32(5.0))), 4)
     0.7616
     """
@@ -107,7 +107,7 @@ def drop(norm: jax.Array, limit: jax.Array) -> jax.Array:
     step must be skipped by a wrapper that owns the optimizer.
 
     >>> import jax.numpy as jnp
-    >>> from gradclip_jax import drop
+    >>> from gradclip_jax.responses import drop
     >>> float(drop(jnp.float32(10.0), jnp.float32(5.0)))
     0.0
     """
@@ -124,8 +124,8 @@ def check_response(response: Response) -> None:
     """Raise for what is no function of norm and limit, such as a name or a measure."""
     if not callable(response) or not takes(response, 1.0, 1.0):
         raise ValueError(
-            "`response` must be a function of norm and limit, such as `gradclip_jax.shrink`, "
-            f"got {response!r}."
+            "`response` must be a function of norm and limit, such as "
+            f"`gradclip_jax.responses.shrink`, got {response!r}."
         )
 
 

@@ -1,5 +1,6 @@
 """The state of a clip: from `init` to the next, and what an update checks of it."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -161,10 +162,13 @@ def transformation(
         kind = _kind(state)
         if kind != last[0]:
             # Once for each program; called eagerly, once for each kind of state.
+            fresh = None
             if memory is not None and isinstance(state, ClipState):
-                limit_state = jax.eval_shape(memory, state.grad_norm)
-                fresh = state._replace(limit_state=limit_state)
-            else:
+                # A limit is made for the norms of its own clip, not for those of any other.
+                with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+                    limit_state = jax.eval_shape(memory, state.grad_norm)
+                    fresh = state._replace(limit_state=limit_state)
+            if fresh is None:
                 fresh = jax.eval_shape(lambda: init(updates))
             if kind != _kind(fresh):
                 check_trees(updates, params)

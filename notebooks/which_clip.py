@@ -97,7 +97,7 @@ matrices = {"kernel": "matrices", "bias": "vectors"}
 CONSTANT = {
     "clip_by_global_norm": gc.clip_by_global_norm(2.0),
     "clip_by_norm": gc.clip_by_norm(1.4),
-    "clip_by_group_norm": gc.clip_by_group_norm({"matrices": 1.4, "vectors": 1.4}, matrices),
+    "clip_by_group_norm": gc.clip_by_group_norm({"matrices": 1.4, "vectors": 1.4}, labels=matrices),
     "clip_by_unit_norm": gc.clip_by_unit_norm(0.7),
     "clip_by_block_rms": gc.clip_by_block_rms(0.5),
     "adaptive_grad_clip": gc.adaptive_grad_clip(0.7),
@@ -106,7 +106,7 @@ CONSTANT = {
     "soft_spectral_clip": gc.soft_spectral_clip(1.1),
     "clip_by_dual_norm": gc.clip_by_dual_norm(2.0),
     "normalize_by_norm": gc.normalize_by_norm(2.0),
-    "clip_to_limit": gc.clip_to_limit(2.0, response=gc.smooth),
+    "clip_to_limit": gc.clip_to_limit(2.0, response=gc.responses.smooth),
 }
 ADAPTIVE = {
     "percentile_clip": gc.percentile_clip(),
@@ -120,7 +120,7 @@ ADAPTIVE = {
     "spam_clip": gc.spam_clip(),
 }
 AROUND = {
-    "skip_spikes": gc.skip_spikes(optax.identity(), gc.median(10.0)),
+    "skip_spikes": gc.skip_spikes(optax.identity(), gc.limits.median(10.0)),
     "skip_nonfinite": gc.skip_nonfinite(optax.identity()),
     "zero_nonfinite": gc.zero_nonfinite(),
     "error_feedback": gc.error_feedback(gc.clip_by_global_norm(2.0)),

@@ -388,7 +388,7 @@ LIMITS = [
     ),
     Mutant(
         "< for <= in the quantile",
-        "_limits/quantile.py",
+        "_limits/running_quantile.py",
         "(norm <= limit)",
         "(norm < limit)",
         ("recurrences", "per_example"),
@@ -434,8 +434,8 @@ STRATEGIES = [
     Mutant(
         "a block RMS without the size of the block",
         "_strategies/clip_by_block_rms.py",
-        "[limit * root for root in",
-        "[limit for _ in",
+        "limit * math.sqrt(size)",
+        "limit + 0 * size",
         ("classics", "*laws"),
     ),
     Mutant(
@@ -454,7 +454,7 @@ STRATEGIES = [
     ),
     Mutant(
         "two digits of a coefficient of Muon swapped",
-        "_strategies/clip_by_dual_norm.py",
+        "_balls.py",
         "3.4445, -4.7750, 2.0315",
         "3.4445, -4.7750, 2.0135",
         ("dual_norm",),
@@ -662,23 +662,23 @@ SEEING = [
 ELSEWHERE = [
     Mutant(
         "a threshold of 0 clips everything to 0, where Keras does not clip",
-        "_interop.py",
+        "_interop/frameworks.py",
         "float(value) <= 0)",
         "float(value) < 0)",
         ("interop",),
     ),
     Mutant(
         "another norm by default than in Transformers",
-        "_interop.py",
+        "_interop/frameworks.py",
         "max_grad_norm: Threshold = 1.0,",
         "max_grad_norm: Threshold = 5.0,",
         ("interop",),
     ),
     Mutant(
         "a config gets another ball",
-        "_interop.py",
-        '"newton_schulz_ball": newton_schulz_ball',
-        '"newton_schulz_ball": spectral_ball',
+        "_interop/config.py",
+        "return BALLS[_checked(value, BALLS, name, where)]",
+        'return BALLS["spectral"]',
         ("interop",),
     ),
 ]

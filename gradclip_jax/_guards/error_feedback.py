@@ -9,7 +9,7 @@ import optax
 from .._checks import Threshold, check_threshold, check_transformation
 from .._devices import AxisName, varying_like
 from .._export import exportable
-from .._inject import named_strategy
+from .._inject import injectable
 from .._leaves import is_gradient, widen
 from .._limits import constant
 from .._norms import global_norm
@@ -33,7 +33,7 @@ class ErrorFeedbackState(NamedTuple):
     clip_state: Any
 
 
-@named_strategy
+@injectable("max_carry")
 def error_feedback(
     clip: optax.GradientTransformation,
     max_carry: Threshold = None,

@@ -15,7 +15,7 @@ from .._clip import Measure, in_update, measured_types
 from .._devices import AxisName, filled_like, varying_like
 from .._export import exportable
 from .._given import GivenNorm
-from .._inject import named_strategy
+from .._inject import injectable
 from .._leaves import is_gradient
 from .._limits import Limit, as_limit, constant, update_finite
 from .._memory import changed_in_place, constant_like
@@ -54,7 +54,7 @@ class SkipState(NamedTuple):
     inner_state: Any
 
 
-@named_strategy
+@injectable()
 def skip_nonfinite(
     inner: optax.GradientTransformation,
     *,
@@ -111,7 +111,7 @@ def skip_nonfinite(
     return _skip(inner, constant(None), max_consecutive, measure, axis_name, rescales=False)
 
 
-@named_strategy
+@injectable("limit")
 def skip_spikes(
     inner: optax.GradientTransformation,
     limit: Limit | Threshold,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from .._devices import AxisName
+from .._inject import strategy
 from .._leaves import is_gradient, norm_dtype
 from .._memory import changed_in_place, reduced_in_place
 from .._norms import global_norm
@@ -14,6 +15,7 @@ from .._safe import all_finite, finite_or_zero
 from .._state import NonfiniteState, increment_if, transformation
 
 
+@strategy()
 def zero_nonfinite(*, axis_name: AxisName = None) -> optax.GradientTransformationExtraArgs:
     r"""Make each element zero that is NaN or infinite, and let the others pass.
 

@@ -5,8 +5,10 @@
 
 from .limit import (
     Limit as Limit,
+    Limits as Limits,
     as_limit as as_limit,
     constant as constant,
+    each as each,
     maximum as maximum,
     minimum as minimum,
     update_each as update_each,

@@ -31,8 +31,8 @@ class EmaState(NamedTuple):
 
 def ema(
     k: Threshold = 3.0,
-    decay: Threshold = 0.99,
     *,
+    decay: Threshold = 0.99,
     ratio: float = 1.0,
     target: tuple[float, float] | None = None,
     warmup_steps: int = 25,
@@ -47,7 +47,7 @@ def ema(
     and norms enter as they are. Sigma counts as a thousandth of mu at least, so a constant stream
     never fires. A norm of 0 does not enter. Spikes enter as clipped, at mu + k sigma: that bounds
     what one of them can do, and still widens sigma by 4 % a step, so the limit follows a lasting
-    rise (see `ema_clip`).
+    rise.
 
     Args:
       k: Number of deviations, finite and non-negative.
@@ -61,7 +61,7 @@ def ema(
       ValueError: For a number outside of its range.
 
     >>> import jax.numpy as jnp
-    >>> from gradclip_jax import ema
+    >>> from gradclip_jax.limits import ema
     >>> twice_the_mean = ema(0.0, ratio=2.0, warmup_steps=1)
     >>> state = twice_the_mean.init(jnp.float32(0.0))
     >>> for norm in (3.0, 5.0):

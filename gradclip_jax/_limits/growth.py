@@ -40,7 +40,7 @@ def growth(ratio: Threshold = 1.01, *, floor: float = 0.1) -> Limit:
       ValueError: For a number outside of its range.
 
     >>> import jax.numpy as jnp
-    >>> from gradclip_jax import growth
+    >>> from gradclip_jax.limits import growth
     >>> doubling = growth(2.0)
     >>> state = doubling.init(jnp.float32(0.0))
     >>> for norm in (1.0, 9.0, 9.0):

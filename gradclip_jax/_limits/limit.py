@@ -30,6 +30,41 @@ class Limit(NamedTuple):
     adaptive: bool = True
 
 
+class Limits(NamedTuple):
+    """Limits on all norms of a tree, for rules that look at more than one norm or at the params.
+
+    Attributes:
+      init: `norms -> state`. Gets the tree of the norms, with zeros of their shapes and dtypes.
+      update: `(norms, state, updates, params) -> (limits, state)`: a limit for each norm, in the
+        tree of the norms. Norms may be NaN or infinite; the state must not take them in.
+    """
+
+    init: Callable[[Any], Any]
+    update: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+
+
+def each(limit: Limit | Threshold) -> Limits:
+    """The same recurrence for each norm of a tree, with a state of its own for each.
+
+    >>> import gradclip_jax
+    >>> clip = gradclip_jax.clip_norms(
+    ...     gradclip_jax.each(gradclip_jax.limits.percentile(95)), measure=gradclip_jax.leaf_norms
+    ... )
+    """
+    limit = as_limit(limit)
+
+    def init(norms: Any) -> tuple[Any, ...]:
+        return tuple(limit.init(norm) for norm in jax.tree.leaves(norms))
+
+    def update(norms: Any, state: Any, updates: Any, params: Any) -> tuple[Any, tuple[Any, ...]]:
+        del updates, params
+        flat, treedef = jax.tree.flatten(norms)
+        limits, states = update_each(limit, flat, state)
+        return treedef.unflatten(limits), tuple(states)
+
+    return Limits(init, update)
+
+
 def constant(limit: Threshold) -> Limit:
     """The same limit at every step, or the one of a schedule.
 
@@ -42,7 +77,7 @@ def constant(limit: Threshold) -> Limit:
       ValueError: For a number that is negative, NaN, boolean or not a number.
 
     >>> import jax.numpy as jnp
-    >>> from gradclip_jax import constant
+    >>> from gradclip_jax.limits import constant
     >>> five = constant(5.0)
     >>> limit, state = five.update(jnp.float32(7.0), five.init(jnp.float32(0.0)))
     >>> float(limit)
@@ -62,7 +97,7 @@ def minimum(a: Limit | Threshold, b: Limit | Threshold) -> Limit:
     """The smaller of two limits: `minimum(adaptive, 1.0)` is an adaptive limit with a cap.
 
     >>> import jax.numpy as jnp
-    >>> from gradclip_jax import minimum
+    >>> from gradclip_jax.limits import minimum
     >>> capped = minimum(5.0, 1.0)
     >>> limit, state = capped.update(jnp.float32(7.0), capped.init(jnp.float32(0.0)))
     >>> float(limit)
@@ -75,7 +110,7 @@ def maximum(a: Limit | Threshold, b: Limit | Threshold) -> Limit:
     """The larger of two limits: `maximum(adaptive, 0.1)` is an adaptive limit with a floor.
 
     >>> import jax.numpy as jnp
-    >>> from gradclip_jax import maximum
+    >>> from gradclip_jax.limits import maximum
     >>> floored = maximum(5.0, 1.0)
     >>> limit, state = floored.update(jnp.float32(7.0), floored.init(jnp.float32(0.0)))
     >>> float(limit)

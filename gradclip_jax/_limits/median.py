@@ -32,7 +32,7 @@ def median(k: Threshold = 5.0, *, window: int = 128) -> Limit:
       ValueError: For a k or a window that may not be.
 
     >>> import jax.numpy as jnp
-    >>> from gradclip_jax import median
+    >>> from gradclip_jax.limits import median
     >>> robust = median(2.0, window=3)
     >>> state = robust.init(jnp.float32(0.0))
     >>> for norm in (1.0, 2.0, 90.0, 9.0):

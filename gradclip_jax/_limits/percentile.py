@@ -26,7 +26,7 @@ def percentile(percentile: Threshold = 95.0, *, window: int = 128) -> Limit:
       ValueError: For a percentile or a window that may not be.
 
     >>> import jax.numpy as jnp
-    >>> from gradclip_jax import percentile
+    >>> from gradclip_jax.limits import percentile
     >>> median = percentile(50.0, window=2)
     >>> state = median.init(jnp.float32(0.0))
     >>> for norm in (1.0, 3.0, 9.0):

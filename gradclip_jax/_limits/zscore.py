@@ -20,7 +20,7 @@ class ZScoreState(NamedTuple):
     deviation: jax.Array
 
 
-def zscore(z_max: Threshold = 2.5, decay: Threshold = 0.97, warmup_steps: int = 25) -> Limit:
+def zscore(z_max: Threshold = 2.5, *, decay: Threshold = 0.97, warmup_steps: int = 25) -> Limit:
     r"""Where the z-score of a norm is above `z_max`, a limit that is the lower the higher it is.
 
     $$ z_t = \frac{n_t - \mu}{\sigma}, \qquad
@@ -45,7 +45,7 @@ def zscore(z_max: Threshold = 2.5, decay: Threshold = 0.97, warmup_steps: int = 
       ValueError: For a number outside of its range.
 
     >>> import jax.numpy as jnp
-    >>> from gradclip_jax import zscore
+    >>> from gradclip_jax.limits import zscore
     >>> limit = zscore(2.0, warmup_steps=2)
     >>> state = limit.init(jnp.float32(0.0))
     >>> for norm in (2.0, 4.0, 7.0):  # mean 3, deviation 1

@@ -157,7 +157,7 @@ class NormGrowing:
             f"{row.step}, doubling every {doubling:.3g} steps, and is not slowing down.",
             "Training is about to explode: lower the learning rate (or warm it up for longer), or "
             "lower the limit to a norm from before the growth; `skip_spikes` or an adaptive "
-            "clip (`zclip`, `percentile_clip`) only delays it. A recurrent network may need "
+            "clip (`zclip`, `limits.percentile`) only delays it. A recurrent network may need "
             "`clip_cotangent`.",
         )
 

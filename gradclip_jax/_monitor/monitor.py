@@ -150,7 +150,7 @@ class Monitor:
             self._window,
         )
 
-    def next_state(
+    def record(
         self,
         step: Any,
         metrics: Mapping[str, Any],
@@ -532,12 +532,12 @@ def _check_record(step: Any, metrics: Any) -> None:
         return
     if step is None or isinstance(step, Mapping):
         raise ValueError(
-            "`step` must be the number of the step and come first, `next_state(step, metrics)`, "
+            "`step` must be the number of the step and come first, `record(step, metrics)`, "
             f"got {step!r}."
         )
     raise ValueError(
         "`metrics` must be a dict of numbers, as from `gradclip_jax.metrics(opt_state)`, "
-        f"got {type(metrics).__name__}: call `next_state(step, gradclip_jax.metrics(opt_state))`."
+        f"got {type(metrics).__name__}: call `record(step, gradclip_jax.metrics(opt_state))`."
     )
 
 

@@ -109,7 +109,7 @@ def suggest_max_norm(
       norms: Non-negative norms, one for each step, in any shape: an array, a sequence, or
         `Monitor.norms["grad_norm"]`. Those that are NaN or infinite are left out and counted.
       rate: Share of the steps to be clipped, between 0 and 1; 0.05 is ours, and the 95th
-        percentile that `percentile_clip` follows.
+        percentile that `limits.percentile` follows.
       candidates: Limits of which the clip rate is wanted; None for percentiles of the norms.
 
     Returns:

@@ -10,7 +10,7 @@ import optax
 from .._checks import check_above, check_number
 from .._export import exportable
 from .._leaves import is_gradient, norm_dtype, widen
-from .._limits.quantile import quantile as quantile_limit
+from .._limits.running_quantile import running_quantile
 from .._state import check_type
 from .rule import check_in_range, check_max_norm
 from .value_and_grad import PerExample
@@ -171,7 +171,7 @@ def quantile_step(
     divisor = seen.example_count
     if mean_of is not None:
         divisor = check_in_range("mean_of", check_above("mean_of", mean_of, 0))
-    limit = quantile_limit(quantile, learning_rate=learning_rate)
+    limit = running_quantile(quantile, learning_rate=learning_rate)
     number = norm_dtype()
     bound, above, count, n, deviation = (
         jnp.asarray(x).astype(number)

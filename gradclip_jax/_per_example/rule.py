@@ -94,7 +94,7 @@ def automatic(norm: jax.Array, limit: jax.Array, *, gamma: float = 0.01) -> jax.
         change it: `functools.partial(automatic, gamma=0.1)`.
 
     >>> import jax.numpy as jnp
-    >>> from gradclip_jax import automatic
+    >>> from gradclip_jax.responses import automatic
     >>> round(float(automatic(jnp.float32(0.01), jnp.float32(1.0))), 3)
     50.0
 

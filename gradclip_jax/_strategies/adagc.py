@@ -8,39 +8,33 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import Threshold, check_above, check_between_0_and_1, check_steps, check_threshold
-from .._clip import apply_limits, measured_types
-from .._devices import AxisName, filled_like, vma_checked
+from .._clip import clip_norms
+from .._devices import AxisName, vma_checked
 from .._export import exportable
-from .._inject import named_strategy
+from .._inject import strategy
 from .._leaves import stacked_scalars
-from .._limits import Limit, constant, update_each
+from .._limits import Limit, Limits, constant, update_each
 from .._limits.moments import lerp, unless_zero
 from .._norms import global_norm, leaf_norms
-from .._rescale import OnNonfinite, check_on_nonfinite
-from .._state import (
-    check_norms,
-    check_trees,
-    init_threshold,
-    initial_state,
-    read_threshold,
-    transformation,
-)
+from .._rescale import OnNonfinite
+from .._state import increment_if, init_threshold, read_threshold
 
 
 @exportable
 class AdaGCState(NamedTuple):
-    """The level of each array (0 before its first norm), and the clock of a scheduled max_norm."""
+    """The level of each array (0 before its first norm), the clock of max_norm, and the steps."""
 
     level: Any
     max_norm: Any
+    step_count: jax.Array
 
 
-@named_strategy
+@strategy("ratio", "decay", "max_norm")
 def adagc(
     ratio: Threshold = 1.04,
+    *,
     decay: Threshold = 0.99,
     warmup_steps: int = 100,
-    *,
     max_norm: Threshold = 1.0,
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
@@ -94,39 +88,29 @@ def adagc(
     of 0 (there the least norm of the warm-up, and so a layer that never moves again), in the
     1e-6 that it adds to norms, and in that the levels are in the state and so in checkpoints.
     """
-    check_on_nonfinite(on_nonfinite)
     ratio = check_above("ratio", ratio, 1)
     decay = check_between_0_and_1("decay", decay)
     warmup_steps = check_steps("warmup_steps", warmup_steps)
     cap = constant(check_threshold("max_norm", max_norm))
 
-    def init(params):
-        norms = measured_types(leaf_norms, params, axis_name)
-        level = jax.tree.map(lambda norm: filled_like(0.0, norm), norms)
-        return initial_state(norms, AdaGCState(level, init_threshold(cap)))
+    def init(norms: Any) -> AdaGCState:
+        level = jax.tree.map(jnp.zeros_like, norms)
+        return AdaGCState(level, init_threshold(cap), jnp.zeros((), jnp.int32))
 
-    def update(updates, state, params=None, **extra_args):
-        del extra_args
-        check_trees(updates, params)
-        norms = leaf_norms(updates, axis_name=axis_name)
-        check_norms(norms, state)
-        largest, clock = read_threshold(cap, state.limit_state.max_norm)
+    def update(norms: Any, state: AdaGCState, updates: Any, params: Any) -> tuple[Any, AdaGCState]:
+        del updates, params
+        largest, clock = read_threshold(cap, state.max_norm)
         warm = state.step_count >= jnp.asarray(warmup_steps).astype(jnp.int32)
         flat, treedef = jax.tree.flatten(norms)
         limits, levels = _limits_and_levels(
-            flat, treedef.flatten_up_to(state.limit_state.level), largest, warm, ratio, decay
+            flat, treedef.flatten_up_to(state.level), largest, warm, ratio, decay
         )
-        return apply_limits(
-            updates,
-            norms,
-            limits,
-            state,
-            AdaGCState(treedef.unflatten(levels), clock),
-            on_nonfinite=on_nonfinite,
-            axis_name=axis_name,
-        )
+        count = increment_if(state.step_count, True)
+        return treedef.unflatten(limits), AdaGCState(treedef.unflatten(levels), clock, count)
 
-    return transformation(init, update)
+    return clip_norms(
+        Limits(init, update), measure=leaf_norms, axis_name=axis_name, on_nonfinite=on_nonfinite
+    )
 
 
 # Called eagerly this is one cached program for each number of arrays; inside a trace it inlines.

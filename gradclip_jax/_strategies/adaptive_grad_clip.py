@@ -10,7 +10,7 @@ import optax
 from .._checks import Threshold, check_threshold
 from .._clip import apply_limits, measured_types
 from .._devices import AxisName, of_pair
-from .._inject import named_strategy
+from .._inject import strategy
 from .._limits import constant
 from .._norms import Axes, unit_norms
 from .._rescale import OnNonfinite, check_on_nonfinite
@@ -24,11 +24,11 @@ from .._state import (
 )
 
 
-@named_strategy
+@strategy("clipping", "eps")
 def adaptive_grad_clip(
     clipping: Threshold = 0.01,
-    eps: Threshold = 1e-3,
     *,
+    eps: Threshold = 1e-3,
     axes: Axes = None,
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
@@ -98,7 +98,7 @@ def adaptive_grad_clip(
         return apply_limits(
             updates,
             norms,
-            jax.tree.leaves(limits),
+            limits,
             state,
             (ratio_state, least_state),
             on_nonfinite=on_nonfinite,

@@ -6,14 +6,14 @@ import optax
 from .._checks import Threshold, check_percentile, check_whole_number
 from .._clip import Measure, clip_to_limit
 from .._devices import AxisName
-from .._inject import named_strategy
+from .._inject import strategy
 from .._limits import Limit
 from .._limits.window import new_window, percentile_of, push
 from .._norms import global_norm
 from .._rescale import OnNonfinite
 
 
-@named_strategy
+@strategy("percentile")
 def autoclip(
     percentile: Threshold = 10.0,
     *,
@@ -67,7 +67,7 @@ def autoclip(
     """
     return clip_to_limit(
         _percentile_so_far(percentile, window),
-        measure,
+        measure=measure,
         axis_name=axis_name,
         on_nonfinite=on_nonfinite,
     )

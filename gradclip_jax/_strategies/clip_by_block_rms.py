@@ -1,21 +1,22 @@
 """Clip the root mean square of each array: a limit that does not grow with its size."""
 
 import math
+from typing import Any
 
 import jax
 import optax
 
 from .._checks import Threshold, check_threshold
-from .._clip import apply_limits, measured_types
+from .._clip import clip_norms
 from .._devices import AxisName
-from .._inject import named_strategy
-from .._limits import constant
+from .._inject import strategy
+from .._limits import Limits, constant
 from .._norms import leaf_norms, leaf_sizes
-from .._rescale import OnNonfinite, check_on_nonfinite
-from .._state import check_trees, init_threshold, initial_state, read_threshold, transformation
+from .._rescale import OnNonfinite
+from .._state import init_threshold, read_threshold
 
 
-@named_strategy
+@strategy("threshold")
 def clip_by_block_rms(
     threshold: Threshold, *, axis_name: AxisName = None, on_nonfinite: OnNonfinite = "zero"
 ) -> optax.GradientTransformationExtraArgs:
@@ -49,28 +50,17 @@ def clip_by_block_rms(
     Shazeer, Stern, *Adafactor: Adaptive Learning Rates with Sublinear Memory Cost*, ICML 2018,
     https://arxiv.org/abs/1804.04235, algorithm 4 (update clipping), without its preconditioner.
     """
-    check_on_nonfinite(on_nonfinite)
     rms = constant(check_threshold("threshold", threshold))
 
-    def init(params):
-        norms = measured_types(leaf_norms, params, axis_name)
-        return initial_state(norms, init_threshold(rms))
+    def update(norms: Any, state: Any, updates: Any, params: Any) -> tuple[Any, Any]:
+        del norms, params
+        limit, state = read_threshold(rms, state)
+        sizes = leaf_sizes(updates, axis_name=axis_name)
+        return jax.tree.map(lambda size: limit * math.sqrt(size), sizes), state
 
-    def update(updates, state, params=None, **extra_args):
-        del extra_args
-        check_trees(updates, params)
-        norms = leaf_norms(updates, axis_name=axis_name)
-        roots = jax.tree.map(math.sqrt, leaf_sizes(updates, axis_name=axis_name))
-        limit, limit_state = read_threshold(rms, state.limit_state)
-        limits = [limit * root for root in jax.tree.leaves(roots)]
-        return apply_limits(
-            updates,
-            norms,
-            limits,
-            state,
-            limit_state,
-            on_nonfinite=on_nonfinite,
-            axis_name=axis_name,
-        )
-
-    return transformation(init, update)
+    return clip_norms(
+        Limits(lambda norms: init_threshold(rms), update),
+        measure=leaf_norms,
+        axis_name=axis_name,
+        on_nonfinite=on_nonfinite,
+    )

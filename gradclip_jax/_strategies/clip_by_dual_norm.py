@@ -1,25 +1,24 @@
 """Clip for optimizers that step to the edge of a ball: sign updates, Muon, Scion."""
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from .. import _balls as balls
 from .._checks import Threshold, check_threshold
 from .._clip import measured_types
 from .._devices import AxisName, replicate_matrices, reshard_like
-from .._inject import named_strategy
+from .._inject import strategy
 from .._leaves import broadcast_prefix, is_function, is_gradient, path_name, widen
 from .._limits import constant
-from .._matrices import check_whole_matrices, product, quintic
+from .._matrices import check_whole_matrices
 from .._memory import to_device, to_memory_of
 from .._norms import global_norm, leaf_norms
-from .._polynomials import polar_factor
 from .._rescale import OnNonfinite, check_on_nonfinite, shrink
-from .._safe import all_finite, powers_near
 from .._state import (
     check_trees,
     init_threshold,
@@ -29,89 +28,14 @@ from .._state import (
     transformation,
 )
 
-Split = tuple[jax.Array, Callable[[jax.Array], jax.Array]]
 
-
-class Ball(NamedTuple):
-    """The unit ball of a norm of one array: how far and where a gradient leads within it.
-
-    Attributes:
-      split: `x -> (parts, point)`: an array whose norm of order `order` is the dual norm of x, and
-        a function from that dual norm to the point of the ball that goes furthest along x.
-      order: 1 or 2.
-      whole: Whether it needs whole matrices, so that devices may not split them.
-    """
-
-    split: Callable[[jax.Array], Split]
-    order: int = 1
-    whole: bool = False
-
-
-def _signs(x: jax.Array) -> Split:
-    return x, lambda dual: jnp.sign(x)
-
-
-def _unit(x: jax.Array) -> Split:
-    def point(dual: jax.Array) -> jax.Array:
-        # XLA divides by a scalar by its inverse, which above 8.5e37 it flushes to zero.
-        first, second = powers_near(dual)
-        # The step of a NaN is zeroed, and zero times the NaN in its derivative would be NaN.
-        usable = jnp.isfinite(dual) & (dual != 0)
-        rest = jnp.where(usable, dual, 1) * first * second
-        return (
-            jnp.where(jnp.isfinite(x), x, 0)
-            * first.astype(x.dtype)
-            * second.astype(x.dtype)
-            / rest.astype(x.dtype)
-        )
-
-    return x, point
-
-
-def _orthogonal(x: jax.Array) -> Split:
-    return _of_matrix(x, _by_platform)
-
-
-def _exactly_orthogonal(x: jax.Array) -> Split:
-    return _of_matrix(x, _by_decomposition)
-
-
-def _nearly_orthogonal(x: jax.Array) -> Split:
-    return _of_matrix(x, _by_newton_schulz)
-
-
-sign_ball = Ball(_signs)
-"""All elements at most 1: the direction is the sign (x / |x| of complex x), the dual norm the sum
-of moduli. For Lion, signSGD, and embeddings or heads in Scion."""
-
-euclidean_ball = Ball(_unit, order=2)
-"""Euclidean norm at most 1: the direction is x / ||x||, and the norm is its own dual."""
-
-spectral_ball = Ball(_orthogonal, whole=True)
-"""Singular values at most 1: the direction is U V^T, the dual norm the sum of singular values.
-
-By a decomposition on CPU, and by products of matrices on accelerators, which are made for them:
-Polar Express polynomials, to within 1e-6, but that a singular value below 3.5e-6 of the Frobenius
-norm comes out below 1, and one that is only rounding not at 0. The last two axes of an array are
-those of a matrix; vectors take the Euclidean ball."""
-
-exact_spectral_ball = Ball(_exactly_orthogonal, whole=True)
-"""As `spectral_ball`, by a decomposition on accelerators, too."""
-
-newton_schulz_ball = Ball(_nearly_orthogonal, whole=True)
-"""As `spectral_ball`, by the five Newton-Schulz steps of Muon: products of matrices alone.
-
-Singular values above 0.2 % of the norm come out between 0.68 and 1.21 instead of 1, as in Muon,
-and the dual norm is that of this direction, <direction, x>."""
-
-
-def matrices_and_signs(path: str, leaf: Any) -> Ball:
+def matrices_and_signs(path: str, leaf: Any) -> balls.Ball:
     """Matrices and stacks of them in the spectral ball, vectors and scalars in that of signs."""
     del path
-    return spectral_ball if len(leaf.shape) > 1 else sign_ball
+    return balls.spectral if len(leaf.shape) > 1 else balls.sign
 
 
-@named_strategy
+@strategy("max_norm")
 def clip_by_dual_norm(
     max_norm: Threshold,
     *,
@@ -137,8 +61,8 @@ def clip_by_dual_norm(
         gives the full step always; `inf` or None changes nothing and still measures. May be a
         schedule.
       ball: A `Ball` for all arrays, a prefix pytree of them, or a function of path
-        (`"encoder/kernel"`) and leaf that returns one: `sign_ball`, `spectral_ball`,
-        `newton_schulz_ball`, `euclidean_ball`. By default matrices are in the spectral ball, and
+        (`"encoder/kernel"`) and leaf that returns one: `balls.sign`, `balls.spectral`,
+        `balls.newton_schulz`, `balls.euclidean`. By default matrices are in the spectral ball, and
         vectors and scalars in that of signs.
       axis_name: See `global_norm`; inside `shard_map` a leaf in the spectral ball must hold whole
         matrices, see `spectral_clip`.
@@ -165,7 +89,7 @@ def clip_by_dual_norm(
     Clipping & Non-Euclidean (L0,L1)-Smoothness*, NeurIPS 2025, https://arxiv.org/abs/2506.01913,
     the step min(rho, dual norm). We divide it by rho, so that the learning rate is the length of
     the full step as in Lion and Muon, and rho may change without it. With one array in
-    `euclidean_ball` it is `clip_by_global_norm(rho)` divided by rho.
+    `balls.euclidean` it is `clip_by_global_norm(rho)` divided by rho.
     """
     limit = constant(check_threshold("max_norm", max_norm))
     check_on_nonfinite(on_nonfinite)
@@ -181,17 +105,17 @@ def clip_by_dual_norm(
         check_trees(updates, params)
         most, limit_state = read_threshold(limit, state.limit_state)
         leaves, tree = jax.tree.flatten(updates)
-        balls = dict(_balls(ball, updates))
-        whole = [i for i in balls if balls[i].whole]
+        found = dict(_balls(ball, updates))
+        whole = [i for i in found if found[i].whole]
         check_whole_matrices(tree.unflatten(_only(leaves, whole)), axis_name)
         parts, points = list(leaves), {}
-        for i, of_leaf in balls.items():
+        for i, of_leaf in found.items():
             x = widen(to_device(leaves[i]))
             x = replicate_matrices(x) if of_leaf.whole else x
             parts[i], points[i] = of_leaf.split(x)
         duals: dict[int, Any] = {}
-        for order in sorted({of_leaf.order for of_leaf in balls.values()}):
-            alike = [i for i in balls if balls[i].order == order]
+        for order in sorted({of_leaf.order for of_leaf in found.values()}):
+            alike = [i for i in found if found[i].order == order]
             of_order = tree.unflatten(_only(parts, alike))
             norms = jax.tree.leaves(leaf_norms(of_order, order=order, axis_name=axis_name))
             duals.update(zip(alike, norms, strict=True))
@@ -216,7 +140,7 @@ def clip_by_dual_norm(
     return transformation(init, update)
 
 
-def _balls(ball: Any, updates: Any) -> Iterator[tuple[int, Ball]]:
+def _balls(ball: Any, updates: Any) -> Iterator[tuple[int, balls.Ball]]:
     """The ball of each gradient, by its position among the leaves."""
     named = jax.tree_util.tree_leaves_with_path(updates)
     if is_function(ball):
@@ -232,10 +156,10 @@ def _balls(ball: Any, updates: Any) -> Iterator[tuple[int, Ball]]:
     for i, ((path, leaf), of_leaf) in enumerate(zip(named, given, strict=True)):
         if not is_gradient(leaf):
             continue
-        if not isinstance(of_leaf, Ball):
+        if not isinstance(of_leaf, balls.Ball):
             raise ValueError(f"`ball` must give a `Ball` for `{path_name(path)}`, got {of_leaf!r}.")
         is_matrix = jnp.ndim(leaf) > 1 and jnp.size(leaf)
-        yield i, of_leaf if is_matrix or not of_leaf.whole else euclidean_ball
+        yield i, of_leaf if is_matrix or not of_leaf.whole else balls.euclidean
 
 
 def _only(leaves: list[Any], positions: list[int]) -> list[Any]:
@@ -253,46 +177,4 @@ def _check_ball(ball: Any) -> None:
 
 
 def _is_ball(x: Any) -> bool:
-    return isinstance(x, Ball) or x is None
-
-
-def _of_matrix(x: jax.Array, orthogonal: Callable[..., tuple[jax.Array, jax.Array]]) -> Split:
-    """Split each matrix, brought near 1 by a power of two, into parts and direction."""
-    finite = all_finite(x, axes=(x.ndim - 2, x.ndim - 1))
-    x = jnp.where(finite, x, 0)
-    first, second = powers_near(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
-    parts, direction = orthogonal(x * first.astype(x.dtype) * second.astype(x.dtype))
-    # What is not finite must be seen in the norm, and must not reach the decomposition.
-    parts = jnp.where(finite, parts * (1 / first) * (1 / second), jnp.nan)
-    return parts, lambda dual: direction
-
-
-def _by_decomposition(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    u, sigma, vh = jnp.linalg.svd(x, full_matrices=False)
-    sigma = sigma[..., None, :]
-    # Directions in which there is nothing but rounding are no directions.
-    least = sigma[..., :1] * (max(x.shape[-2:]) * jnp.finfo(sigma.dtype).eps)
-    return jnp.sum(sigma, axis=-1, keepdims=True), product(u * (sigma > least).astype(u.dtype), vh)
-
-
-def _by_polynomials(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _along(polar_factor(x), x)
-
-
-def _by_platform(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jax.lax.platform_dependent(x, cpu=_by_decomposition, default=_by_polynomials)
-
-
-def _by_newton_schulz(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    is_tall = x.shape[-2] > x.shape[-1]
-    y = jnp.swapaxes(x, -1, -2) if is_tall else x
-    norm = jnp.sqrt(jnp.sum(jnp.abs(y) ** 2, axis=(-2, -1), keepdims=True))
-    y = y / jnp.where(norm != 0, norm, 1).astype(y.dtype)
-    for _ in range(5):
-        y = quintic(y, 3.4445, -4.7750, 2.0315)  # the coefficients of Muon
-    return _along(jnp.swapaxes(y, -1, -2) if is_tall else y, x)
-
-
-def _along(direction: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """<direction, x> of each matrix, and the direction."""
-    return jnp.sum((direction.conj() * x).real, axis=(-2, -1), keepdims=True), direction
+    return isinstance(x, balls.Ball) or x is None

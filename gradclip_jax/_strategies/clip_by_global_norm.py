@@ -7,13 +7,13 @@ import optax
 from .._checks import Threshold, check_threshold
 from .._clip import clip_to_limit
 from .._devices import AxisName
-from .._inject import named_strategy
+from .._inject import strategy
 from .._limits import constant
 from .._norms import check_order, global_norm
 from .._rescale import OnNonfinite, Response, shrink
 
 
-@named_strategy
+@strategy("max_norm")
 def clip_by_global_norm(
     max_norm: Threshold,
     *,
@@ -59,5 +59,9 @@ def clip_by_global_norm(
     max_norm = check_threshold("max_norm", max_norm)
     measure = functools.partial(global_norm, order=check_order(order))
     return clip_to_limit(
-        constant(max_norm), measure, response, axis_name=axis_name, on_nonfinite=on_nonfinite
+        constant(max_norm),
+        measure=measure,
+        response=response,
+        axis_name=axis_name,
+        on_nonfinite=on_nonfinite,
     )

@@ -4,23 +4,23 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import optax
 
 from .._checks import Threshold, check_threshold
-from .._clip import apply_limits, clip_to_limit, measured_types
-from .._devices import AxisName, filled_like
-from .._inject import named_strategy
-from .._limits import constant, update_finite
+from .._clip import clip_norms
+from .._devices import AxisName
+from .._inject import strategy
+from .._limits import Limits, constant, each, update_finite
 from .._norms import group_norms
-from .._rescale import OnNonfinite, check_on_nonfinite
-from .._state import check_trees, initial_state, transformation
+from .._rescale import OnNonfinite
 
 
-@named_strategy
+@strategy("max_norm")
 def clip_by_group_norm(
     max_norm: Threshold | Mapping[Any, Threshold],
-    labels: Any,
     *,
+    labels: Any,
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
@@ -48,7 +48,8 @@ def clip_by_group_norm(
 
     >>> import gradclip_jax, jax.numpy as jnp
     >>> grads = {"body": jnp.array([3.0, 4.0]), "head": jnp.array([0.5])}
-    >>> clip = gradclip_jax.clip_by_group_norm({"b": 1.0, "h": None}, {"body": "b", "head": "h"})
+    >>> labels = {"body": "b", "head": "h"}
+    >>> clip = gradclip_jax.clip_by_group_norm({"b": 1.0, "h": None}, labels=labels)
     >>> updates, state = clip.update(grads, clip.init(grads))
     >>> print(updates["body"], updates["head"])
     [0.6 0.8] [0.5]
@@ -58,45 +59,30 @@ def clip_by_group_norm(
     budget: each limit is the user's.
     """
     measure = functools.partial(group_norms, labels=labels)
+    make = functools.partial(
+        clip_norms, measure=measure, axis_name=axis_name, on_nonfinite=on_nonfinite
+    )
     if not isinstance(max_norm, Mapping):
-        max_norm = check_threshold("max_norm", max_norm)
-        return clip_to_limit(
-            constant(max_norm), measure, axis_name=axis_name, on_nonfinite=on_nonfinite
-        )
-    check_on_nonfinite(on_nonfinite)
+        return make(each(constant(check_threshold("max_norm", max_norm))))
     limits = {
         label: constant(check_threshold(f"max_norm[{label!r}]", limit))
         for label, limit in max_norm.items()
     }
 
-    def init(params):
-        norms = measured_types(measure, params, axis_name)
+    def init(norms: Mapping[Any, Any]) -> dict[Any, Any]:
         if set(norms) != set(limits):
             raise ValueError(
                 "`max_norm` must have a norm for each label and no other: the labels are "
                 f"{sorted(norms, key=str)}, `max_norm` has {sorted(limits, key=str)}."
             )
-        limit_state = {label: limits[label].init(filled_like(0.0, norms[label])) for label in norms}
-        return initial_state(norms, limit_state)
+        return {label: limits[label].init(norm) for label, norm in norms.items()}
 
-    def update(updates, state, params=None, **extra_args):
-        del extra_args
-        check_trees(updates, params)
-        norms = measure(updates, axis_name=axis_name)
-        observed = {
-            label: update_finite(limits[label], norm, state.limit_state[label])
-            for label, norm in norms.items()
+    def update(norms: Any, state: Any, updates: Any, params: Any) -> tuple[Any, dict[Any, Any]]:
+        del updates, params
+        found = {
+            label: update_finite(limits[label], norm, state[label]) for label, norm in norms.items()
         }
-        limit_of_label = [observed[label][0] for label in norms]
-        limit_state = {label: observed[label][1] for label in norms}
-        return apply_limits(
-            updates,
-            norms,
-            limit_of_label,
-            state,
-            limit_state,
-            on_nonfinite=on_nonfinite,
-            axis_name=axis_name,
-        )
+        of_norms = jax.tree.structure(norms).unflatten([limit for limit, _ in found.values()])
+        return of_norms, {label: state for label, (_, state) in found.items()}
 
-    return transformation(init, update)
+    return make(Limits(init, update))

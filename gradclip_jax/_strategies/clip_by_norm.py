@@ -5,13 +5,13 @@ import optax
 from .._checks import Threshold, check_threshold
 from .._clip import clip_to_limit
 from .._devices import AxisName
-from .._inject import named_strategy
+from .._inject import strategy
 from .._limits import constant
 from .._norms import leaf_norms
 from .._rescale import OnNonfinite
 
 
-@named_strategy
+@strategy("max_norm")
 def clip_by_norm(
     max_norm: Threshold, *, axis_name: AxisName = None, on_nonfinite: OnNonfinite = "zero"
 ) -> optax.GradientTransformationExtraArgs:
@@ -45,5 +45,5 @@ def clip_by_norm(
     """
     max_norm = check_threshold("max_norm", max_norm)
     return clip_to_limit(
-        constant(max_norm), leaf_norms, axis_name=axis_name, on_nonfinite=on_nonfinite
+        constant(max_norm), measure=leaf_norms, axis_name=axis_name, on_nonfinite=on_nonfinite
     )

@@ -7,13 +7,13 @@ import optax
 from .._checks import Threshold, check_threshold
 from .._clip import clip_to_limit
 from .._devices import AxisName
-from .._inject import named_strategy
+from .._inject import strategy
 from .._limits import constant
 from .._norms import Axes, unit_norms
 from .._rescale import OnNonfinite
 
 
-@named_strategy
+@strategy("max_norm")
 def clip_by_unit_norm(
     max_norm: Threshold,
     *,
@@ -54,5 +54,5 @@ def clip_by_unit_norm(
     max_norm = check_threshold("max_norm", max_norm)
     measure = functools.partial(unit_norms, axes=axes)
     return clip_to_limit(
-        constant(max_norm), measure, axis_name=axis_name, on_nonfinite=on_nonfinite
+        constant(max_norm), measure=measure, axis_name=axis_name, on_nonfinite=on_nonfinite
     )

@@ -5,13 +5,13 @@ import optax
 from .._checks import Threshold
 from .._clip import clip_to_limit
 from .._devices import AxisName
-from .._inject import named_strategy
+from .._inject import strategy
 from .._limits.growth import growth
 from .._norms import leaf_norms
 from .._rescale import OnNonfinite
 
 
-@named_strategy
+@strategy("ratio")
 def limit_norm_growth(
     ratio: Threshold = 1.01,
     *,
@@ -42,7 +42,7 @@ def limit_norm_growth(
       passes, whatever it is, and so does a constant stream. After a norm of a thousandth the old
       level is back in 233 steps by default, and in 694 without a floor; a norm of 0 does not
       enter. A lasting rise by a factor r takes ln(r) / ln(ratio) steps: 232 for a tenfold one. For
-      one norm of all arrays: `clip_to_limit(growth())`.
+      one norm of all arrays: `clip_to_limit(limits.growth())`.
 
     Raises:
       ValueError: For a ratio that is not above 1, or a floor that is not between 0 and 1.
@@ -61,5 +61,8 @@ def limit_norm_growth(
     steps to return to 1, and in the 1e-8 that it adds to a norm.
     """
     return clip_to_limit(
-        growth(ratio, floor=floor), leaf_norms, axis_name=axis_name, on_nonfinite=on_nonfinite
+        growth(ratio, floor=floor),
+        measure=leaf_norms,
+        axis_name=axis_name,
+        on_nonfinite=on_nonfinite,
     )

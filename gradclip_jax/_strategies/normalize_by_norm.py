@@ -7,31 +7,31 @@ import optax
 from .._checks import Threshold, check_threshold
 from .._clip import clip_to_limit
 from .._devices import AxisName
-from .._inject import named_strategy
+from .._inject import strategy
 from .._limits import constant
 from .._norms import check_order, global_norm
 from .._rescale import OnNonfinite, normalize
 
 
-@named_strategy
+@strategy("max_norm")
 def normalize_by_norm(
-    norm: Threshold = 1.0,
+    max_norm: Threshold = 1.0,
     *,
     order: float = 2,
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Normalise the gradient: bring its global norm to `norm`, from below too.
+    r"""Normalise the gradient: bring its global norm to `max_norm`, from below too.
 
-    $$ g \leftarrow \text{norm} \cdot g / \lVert g \rVert_p $$
+    $$ g \leftarrow \text{max\_norm} \cdot g / \lVert g \rVert_p $$
 
     For plateaus and cliffs alike, with a learning rate that decays; noise is not averaged out near
     a minimum. This is a normaliser, not a clip: small gradients are enlarged. For each array
-    instead of all, use `clip_to_limit(1.0, leaf_norms, normalize)`.
+    instead of all, use `clip_to_limit(1.0, measure=leaf_norms, response=responses.normalize)`.
 
     Args:
-      norm: The norm that every gradient gets, non-negative. 0 gives zeros; `inf` or None changes
-        nothing and still measures.
+      max_norm: The norm that every gradient gets, non-negative. 0 gives zeros; `inf` or None
+        changes nothing and still measures.
       order: Order p of the norm, at least 1.
       axis_name: See `global_norm`.
       on_nonfinite: See `clip_to_limit`.
@@ -52,8 +52,12 @@ def normalize_by_norm(
     Hazan, Levy, Shalev-Shwartz, *Beyond Convexity: Stochastic Quasi-Convex Optimization*, NeurIPS
     2015, https://arxiv.org/abs/1507.02030, algorithm 1. optax divides by the norm + 1e-6.
     """
-    norm = check_threshold("norm", norm)
+    max_norm = check_threshold("max_norm", max_norm)
     measure = functools.partial(global_norm, order=check_order(order))
     return clip_to_limit(
-        constant(norm), measure, normalize, axis_name=axis_name, on_nonfinite=on_nonfinite
+        constant(max_norm),
+        measure=measure,
+        response=normalize,
+        axis_name=axis_name,
+        on_nonfinite=on_nonfinite,
     )

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from .._checks import Threshold, check_between_0_and_1, check_threshold, check_whole_number
 from .._clip import measured_types
 from .._devices import AxisName, filled_like
-from .._inject import named_strategy
+from .._inject import strategy
 from .._leaves import broadcast_prefix, is_gradient, widen
 from .._limits import constant
 from .._memory import to_device, to_memory_of
@@ -27,11 +27,11 @@ from .._state import (
 )
 
 
-@named_strategy
+@strategy("threshold", "decay")
 def spam_clip(
     threshold: Threshold = 5000.0,
-    decay: Any = 0.999,
     *,
+    decay: Any = 0.999,
     warmup_steps: int = 19,
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",

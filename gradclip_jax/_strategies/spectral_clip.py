@@ -12,7 +12,7 @@ import optax
 from .._checks import Threshold, check_threshold, check_whole_number
 from .._clip import measured_types
 from .._devices import AxisName, any_device, replicate_matrices, reshard_like, varying_like
-from .._inject import named_strategy
+from .._inject import strategy
 from .._leaves import widen
 from .._limits import constant
 from .._matrices import adjoint, check_whole_matrices, identities, matrix_norms, product, scaled
@@ -40,7 +40,7 @@ from .._state import (
 )
 
 
-@named_strategy
+@strategy("max_norm")
 def spectral_clip(
     max_norm: Threshold,
     *,
@@ -122,7 +122,7 @@ def spectral_clip(
     return _of_matrices(max_norm, change, response, response, axis_name, on_nonfinite)
 
 
-@named_strategy
+@strategy("max_norm")
 def soft_spectral_clip(
     max_norm: Threshold,
     *,

@@ -5,19 +5,19 @@ import optax
 from .._checks import Threshold, check_threshold
 from .._clip import Measure, clip_to_limit
 from .._devices import AxisName
-from .._inject import named_strategy
+from .._inject import strategy
 from .._limits import constant, minimum
 from .._limits.zscore import zscore
 from .._norms import global_norm
 from .._rescale import OnNonfinite
 
 
-@named_strategy
+@strategy("z_max", "decay", "max_norm")
 def zclip(
     z_max: Threshold = 2.5,
+    *,
     decay: Threshold = 0.97,
     warmup_steps: int = 25,
-    *,
     max_norm: Threshold = 1.0,
     measure: Measure = global_norm,
     axis_name: AxisName = None,
@@ -52,7 +52,7 @@ def zclip(
       constant stream never fires; a norm of 0 does not enter. A lasting rise may never pass: what
       is far above the mean comes out at the mean, and moves it by next to nothing. With a noise
       of 10 % a rise to 1.5 times the level is let through after 45 steps, and a doubling not in
-      30,000. Where the level may jump (a new task, another batch size), use `ema_clip`.
+      30,000. Where the level may jump (a new task, another batch size), use `limits.ema`.
 
     Raises:
       ValueError: For a number outside of its range.
@@ -73,8 +73,8 @@ def zclip(
     """
     cap = constant(check_threshold("max_norm", max_norm))
     return clip_to_limit(
-        minimum(zscore(z_max, decay, warmup_steps), cap),
-        measure,
+        minimum(zscore(z_max, decay=decay, warmup_steps=warmup_steps), cap),
+        measure=measure,
         axis_name=axis_name,
         on_nonfinite=on_nonfinite,
     )

@@ -1,6 +1,7 @@
 """All strategies, each with what a reference in NumPy needs to know of it; and what laws share.
 
-A new strategy is tested by the laws as soon as it stands here. To see what the laws say of optax:
+A new strategy is tested as soon as `@strategy` enters it; the laws that compare with a reference
+run over it once it stands here. To see what the laws say of optax:
 `CLIP_LIBRARY=optax python -m pytest tests/library -k laws`.
 """
 
@@ -18,7 +19,7 @@ import optax
 import pytest
 
 import gradclip_jax
-from gradclip_jax import Limit
+from gradclip_jax import Limit, _inject
 from gradclip_jax._strategies import spectral_clip
 from gradclip_jax._strategies.adaptive_grad_clip import nfnets_axes
 
@@ -152,15 +153,15 @@ def rank_label(tree: Any) -> Any:
 
 def by_label(threshold: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
     """Limits in a mapping, of one label for all."""
-    return gradclip_jax.clip_by_group_norm({"all": threshold}, lambda tree: "all", **kwargs)
+    return gradclip_jax.clip_by_group_norm({"all": threshold}, labels=lambda tree: "all", **kwargs)
 
 
 def between(limit: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
     """Bounds given as a pair."""
     if limit is None:
-        return gradclip_jax.clip_by_value(float("-inf"), float("inf"), **kwargs)
+        return gradclip_jax.clip_by_range(float("-inf"), upper=float("inf"), **kwargs)
     lower = (lambda count: -limit(count)) if callable(limit) else -limit
-    return gradclip_jax.clip_by_value(lower, limit, **kwargs)
+    return gradclip_jax.clip_by_range(lower, upper=limit, **kwargs)
 
 
 def responding(response: Any) -> Callable[..., optax.GradientTransformationExtraArgs]:
@@ -185,9 +186,9 @@ def under_cap(adaptive: Any, measure: Any = gradclip_jax.global_norm) -> Callabl
     def build(
         limit: Any, *, axis_name: Any = None, on_nonfinite: Any = "zero"
     ) -> optax.GradientTransformationExtraArgs:
-        both = gradclip_jax.minimum(adaptive, limit)
+        both = gradclip_jax.limits.minimum(adaptive, limit)
         return gradclip_jax.clip_to_limit(
-            both, measure, axis_name=axis_name, on_nonfinite=on_nonfinite
+            both, measure=measure, axis_name=axis_name, on_nonfinite=on_nonfinite
         )
 
     return build
@@ -200,8 +201,8 @@ def spectral_by_polynomials(
     return spectral_clip._of_matrices(
         max_norm,
         spectral_clip._by_polynomials,
-        gradclip_jax.shrink,
-        gradclip_jax.shrink,
+        gradclip_jax.responses.shrink,
+        gradclip_jax.responses.shrink,
         axis_name,
         on_nonfinite,
     )
@@ -225,9 +226,15 @@ OURS = [
             everything,
             changes_below=True,
         )
-        for response in (gradclip_jax.smooth, gradclip_jax.smooth_sqrt, gradclip_jax.smooth_tanh)
+        for response in (
+            gradclip_jax.responses.smooth,
+            gradclip_jax.responses.smooth_sqrt,
+            gradclip_jax.responses.smooth_tanh,
+        )
     ),
-    Strategy("clip_by_global_norm[drop]", responding(gradclip_jax.drop), everything, drops=True),
+    Strategy(
+        "clip_by_global_norm[drop]", responding(gradclip_jax.responses.drop), everything, drops=True
+    ),
     Strategy("clip_by_norm", gradclip_jax.clip_by_norm, leaves),
     Strategy(
         "clip_by_unit_norm",
@@ -260,7 +267,6 @@ OURS = [
         "normalize_by_norm",
         gradclip_jax.normalize_by_norm,
         everything,
-        argument="norm",
         enlarges=True,
         changes_below=True,
     ),
@@ -268,20 +274,20 @@ OURS = [
     *(
         Strategy(name, under_cap(limit), everything, argument="limit")
         for name, limit in {
-            "percentile": gradclip_jax.percentile(window=4),
-            "median": gradclip_jax.median(window=4),
-            "ema": gradclip_jax.ema(),
-            "quantile": gradclip_jax.quantile(init=3e38),
+            "percentile": gradclip_jax.limits.percentile(window=4),
+            "median": gradclip_jax.limits.median(window=4),
+            "ema": gradclip_jax.limits.ema(),
+            "running_quantile": gradclip_jax.limits.running_quantile(init=3e38),
         }.items()
     ),
     Strategy(
         "growth",
-        under_cap(gradclip_jax.growth(), gradclip_jax.leaf_norms),
+        under_cap(gradclip_jax.limits.growth(), gradclip_jax.leaf_norms),
         leaves,
         argument="limit",
     ),
     Strategy("clip_by_value", gradclip_jax.clip_by_value, elements, argument="limit"),
-    Strategy("clip_by_value[pair]", between, elements, argument="upper"),
+    Strategy("clip_by_range", between, elements, argument="upper"),
     Strategy(
         "spectral_clip",
         gradclip_jax.spectral_clip,
@@ -295,6 +301,27 @@ OURS = [
         of_matrices=True,
     ),
 ]
+
+
+def required_arguments(make: Callable[..., Any]) -> dict[str, Any]:
+    """Arguments that a strategy has no default for: 1 for a number, and labels of one group."""
+    parameters = inspect.signature(inspect.unwrap(make)).parameters.values()
+    known = {"labels": lambda tree: "all", "lower": -1.0}
+    return {p.name: known.get(p.name, 1.0) for p in parameters if p.default is p.empty}
+
+
+def without_reference() -> list[Strategy]:
+    """What the table of strategies has and `OURS` has not, with its default arguments."""
+    known = {strategy.name.split("[")[0] for strategy in OURS}
+
+    def by_default(make: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda threshold, **options: make(**required_arguments(make), **options)
+
+    return [
+        Strategy(name, by_default(make), everything)
+        for name, make in _inject.STRATEGIES.items()
+        if name not in known | {"zero_nonfinite"}  # a guard, without a norm
+    ]
 
 
 def of_optax(make: Callable[..., optax.GradientTransformation], bound: str) -> Any:
@@ -343,6 +370,8 @@ OF_OPTAX = [
 
 LIBRARY = os.environ.get("CLIP_LIBRARY", "gradclip_jax")
 STRATEGIES = {"gradclip_jax": OURS, "optax": OF_OPTAX}[LIBRARY]
+EVERY = STRATEGIES + (without_reference() if LIBRARY == "gradclip_jax" else [])
+"""And what `@strategy` entered without a row above: laws that need no reference run over it."""
 # One of each kind: the engine at global scope, a norm per array, an element, a matrix. Of another
 # library nothing is known to be shared.
 KINDS = {"clip_by_global_norm", "clip_by_norm", "clip_by_value", "spectral_clip"}
@@ -414,6 +443,6 @@ def public_limits() -> list[str]:
     """Names of the public limits, read off their annotations."""
     return [
         name
-        for name, value in vars(gradclip_jax).items()
+        for name, value in vars(gradclip_jax.limits).items()
         if inspect.isfunction(value) and inspect.signature(value).return_annotation is Limit
     ]

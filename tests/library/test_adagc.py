@@ -214,7 +214,7 @@ def test_numbers_may_be_injected_and_max_norm_scheduled(standard_promotion):
     clip = optax.inject_hyperparams(adagc)(warmup_steps=2)
     updates, state = jax.jit(clip.update)(norms, clip.init(norms), norms)
     np.testing.assert_allclose(updates["a"], [0.6, 0.8], rtol=1e-6)
-    assert set(state.hyperparams) == {"ratio", "decay", "warmup_steps"}
+    assert set(state.hyperparams) == {"ratio", "decay", "max_norm", "warmup_steps"}
     clip = adagc(max_norm=optax.linear_schedule(1.0, 2.0, 1))
     _, state = clip.update(norms, clip.init(norms), norms)
     updates, _ = clip.update(norms, state, norms)

@@ -37,7 +37,7 @@ def test_equation_and_rank_rule(shape, axes):
     assert nfnets_axes("w", leaf) == axes
     keys = jax.random.split(jax.random.key(0))
     grad, weight = (jax.random.normal(key, shape) for key in keys)
-    clip = gradclip_jax.adaptive_grad_clip(0.5, 1e-3)
+    clip = gradclip_jax.adaptive_grad_clip(0.5, eps=1e-3)
     result, _ = clip.update({"w": grad}, clip.init({"w": weight}), {"w": weight})
     expected = equation_3(grad, weight, axes, 0.5, 1e-3)
     np.testing.assert_allclose(result["w"], expected, rtol=1e-5)
@@ -101,4 +101,4 @@ def test_defaults_are_those_of_the_paper():
 )
 def test_bad_arguments_are_named(clipping, eps, name):
     with pytest.raises(ValueError, match=rf"^`{name}` must be non-negative, got -"):
-        gradclip_jax.adaptive_grad_clip(clipping, eps)
+        gradclip_jax.adaptive_grad_clip(clipping, eps=eps)

@@ -31,14 +31,14 @@ def scanned(clip, grads):
 def test_all_limits_joined_continue_bit_for_bit_through_orbax(tmp_path):
     """For three norms, so that every array of their states has a place for each."""
     limits = [
-        gradclip_jax.percentile(90.0, window=8),
-        gradclip_jax.median(window=8),
-        gradclip_jax.quantile(0.9),
-        gradclip_jax.zscore(warmup_steps=5),
-        gradclip_jax.ema(target=(1.1, 0.9), warmup_steps=5),
-        gradclip_jax.growth(),
+        gradclip_jax.limits.percentile(90.0, window=8),
+        gradclip_jax.limits.median(window=8),
+        gradclip_jax.limits.running_quantile(0.9),
+        gradclip_jax.limits.zscore(warmup_steps=5),
+        gradclip_jax.limits.ema(target=(1.1, 0.9), warmup_steps=5),
+        gradclip_jax.limits.growth(),
     ]
-    joined = functools.reduce(gradclip_jax.minimum, limits)
+    joined = functools.reduce(gradclip_jax.limits.minimum, limits)
     norms = np.random.default_rng(0).lognormal(size=(40, 3)).astype(np.float32)
     norms[7::9] *= 100
     norms[11, 1] = norms[30, 2] = np.nan
@@ -126,7 +126,7 @@ def test_a_guard_skips_what_the_equations_call_a_spike_and_a_nan_teaches_it_noth
     norms = stream()
     limits = np.array(list(numpy_ema(norms)))
     expected = np.insert(np.where(norms > limits, 0, norms), 150, 0)
-    optimizer = gradclip_jax.skip_spikes(optax.identity(), gradclip_jax.ema())
+    optimizer = gradclip_jax.skip_spikes(optax.identity(), gradclip_jax.limits.ema())
     state, updates = scanned(optimizer, np.insert(norms, 150, np.nan))
     np.testing.assert_allclose(updates, expected, rtol=1e-6)
     assert int(state.skip_count) == int(np.sum(expected == 0)) > 10

@@ -54,7 +54,7 @@ def test_a_restored_run_continues_bit_for_bit(strategy, tmp_path):
         gradclip_jax.clip_by_global_norm,
         gradclip_jax.clip_by_norm,
         gradclip_jax.clip_by_unit_norm,
-        lambda limit: gradclip_jax.clip_by_group_norm(limit, {"kernel": "a", "bias": "b"}),
+        lambda limit: gradclip_jax.clip_by_group_norm(limit, labels={"kernel": "a", "bias": "b"}),
     ],
 )
 def test_a_clip_may_be_switched_on_and_off_between_runs(make, through, tmp_path):

@@ -10,17 +10,9 @@ import optax
 import pytest
 
 import gradclip_jax
-from gradclip_jax import (
-    ClipState,
-    Limit,
-    clip_to_limit,
-    drop,
-    group_norms,
-    leaf_norms,
-    minimum,
-    normalize,
-    unit_norms,
-)
+from gradclip_jax import ClipState, Limit, clip_to_limit, group_norms, leaf_norms, unit_norms
+from gradclip_jax.limits import minimum
+from gradclip_jax.responses import drop, normalize
 
 GRADS = {"w": jnp.array([[3.0, 0.0], [4.0, 12.0]]), "b": jnp.array([0.0, 84.0])}
 
@@ -51,7 +43,7 @@ def test_the_example_that_can_be_checked_by_hand():
 )
 def test_any_limit_serves_at_any_granularity(measure):
     """A limit that learns has statistics of its own for each norm."""
-    clip = clip_to_limit(last_norm, measure)
+    clip = clip_to_limit(last_norm, measure=measure)
     doubled = {"w": 2 * GRADS["w"], "b": GRADS["b"] / 2}
     (first, second, third), state = run(clip, GRADS, doubled, GRADS)
     jax.tree.map(np.testing.assert_array_equal, first, GRADS)  # no limit yet
@@ -63,7 +55,7 @@ def test_any_limit_serves_at_any_granularity(measure):
 
 
 def test_a_nan_in_one_group_leaves_the_statistics_of_that_group_alone():
-    clip = clip_to_limit(last_norm, leaf_norms)
+    clip = clip_to_limit(last_norm, measure=leaf_norms)
     broken = {"w": GRADS["w"].at[0, 0].set(jnp.nan), "b": GRADS["b"] / 2}
     _, state = run(clip, GRADS, broken)
     np.testing.assert_allclose(state.limit_state, [42.0, 13.0])
@@ -72,12 +64,12 @@ def test_a_nan_in_one_group_leaves_the_statistics_of_that_group_alone():
 
 
 def test_joined_limits_and_other_responses():
-    clip = clip_to_limit(minimum(last_norm, 50.0), leaf_norms, drop)
+    clip = clip_to_limit(minimum(last_norm, 50.0), measure=leaf_norms, response=drop)
     (first,), state = run(clip, GRADS)
     np.testing.assert_array_equal(first["w"], GRADS["w"])
     np.testing.assert_array_equal(first["b"], [0.0, 0.0])
     assert float(state.clip_limit["b"]) == 50.0
-    (unit,), _ = run(clip_to_limit(1.0, leaf_norms, normalize), GRADS)
+    (unit,), _ = run(clip_to_limit(1.0, measure=leaf_norms, response=normalize), GRADS)
     np.testing.assert_allclose(np.linalg.norm(unit["w"]), 1.0, rtol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(unit["b"]), 1.0, rtol=1e-6)
 
@@ -92,7 +84,7 @@ def test_a_measure_of_the_user_with_a_prefix_of_the_updates():
         }
 
     grads = {"encoder": {"w": jnp.array([3.0]), "b": jnp.array([4.0])}, "head": jnp.array([0.5])}
-    (result,), state = run(clip_to_limit(1.0, block_norms), grads)
+    (result,), state = run(clip_to_limit(1.0, measure=block_norms), grads)
     np.testing.assert_allclose(result["encoder"]["w"], [0.6], rtol=1e-6)
     np.testing.assert_allclose(result["encoder"]["b"], [0.8], rtol=1e-6)
     np.testing.assert_array_equal(result["head"], [0.5])
@@ -100,12 +92,12 @@ def test_a_measure_of_the_user_with_a_prefix_of_the_updates():
 
 
 def test_a_measure_whose_norms_are_no_prefix_raises():
-    clip = clip_to_limit(1.0, lambda updates, *, axis_name: {"elsewhere": jnp.float32(1)})
+    clip = clip_to_limit(1.0, measure=lambda updates, *, axis_name: {"elsewhere": jnp.float32(1)})
     with pytest.raises(ValueError, match="`measure` must return norms whose tree is a prefix"):
         run(clip, GRADS)
 
 
-GIVEN = clip_to_limit(1.0, gradclip_jax.given_norm("grad_norm"))
+GIVEN = clip_to_limit(1.0, measure=gradclip_jax.given_norm("grad_norm"))
 
 
 def test_a_given_norm_is_not_measured_again():
@@ -197,9 +189,15 @@ def test_updates_may_lack_leaves_that_the_params_have():
     ("arguments", "message"),
     [
         ({"measure": "leaf"}, r"^`measure` must be a function .* got 'leaf'\. Pass a response"),
-        ({"measure": gradclip_jax.shrink}, "`measure` must be .* Pass a response as `response`"),
+        (
+            {"measure": gradclip_jax.responses.shrink},
+            "`measure` must be .* Pass a response as `response`",
+        ),
         ({"measure": {"w": 1}}, "`measure` must be a function"),
-        ({"response": "shrink"}, r"^`response` must be .* `gradclip_jax\.shrink`, got 'shrink'"),
+        (
+            {"response": "shrink"},
+            r"^`response` must be .* `gradclip_jax\.responses\.shrink`, got 'shrink'",
+        ),
         ({"response": leaf_norms}, "`response` must be a function of norm and limit"),
         ({"response": 0.5}, "`response` must be a function of norm and limit"),
     ],
@@ -218,8 +216,10 @@ def test_a_measure_or_a_response_that_may_not_be_raises_before_any_update(argume
 
 
 def test_a_compiled_measure_and_a_bound_response_pass_the_door():
-    response = functools.partial(gradclip_jax.shrink, eps=0.0)
-    clip = clip_to_limit(1.0, jax.jit(leaf_norms, static_argnames="axis_name"), response)
+    response = functools.partial(gradclip_jax.responses.shrink, eps=0.0)
+    clip = clip_to_limit(
+        1.0, measure=jax.jit(leaf_norms, static_argnames="axis_name"), response=response
+    )
     run(clip, GRADS)
 
 

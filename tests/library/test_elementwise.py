@@ -73,7 +73,7 @@ def test_metrics_tell_the_element_furthest_beyond():
 )
 def test_the_equations_on_a_stream_with_spikes(threshold, decay, warmup_steps):
     stream = spiky()
-    results, state = run(spam_clip(threshold, decay, warmup_steps=warmup_steps), list(stream))
+    results, state = run(spam_clip(threshold, decay=decay, warmup_steps=warmup_steps), list(stream))
     expected, v = reference(stream, threshold, decay, warmup_steps)
     np.testing.assert_allclose(np.stack(results), expected, rtol=1e-5)
     np.testing.assert_allclose(rms_of(state), np.sqrt(v), rtol=1e-5)
@@ -106,7 +106,7 @@ def test_a_spike_is_clipped_at_all():
 
 def test_no_gradient_becomes_zero_because_nothing_is_known_yet():
     """By the letter of the equation, an element with v = 0 would stay zero for ever."""
-    clip = spam_clip(4.0, 0.9, warmup_steps=0)
+    clip = spam_clip(4.0, decay=0.9, warmup_steps=0)
     (first, _, third), _ = run(clip, [jnp.array([2.0, 0.0])] * 2 + [jnp.array([0.1, 7.0])])
     np.testing.assert_array_equal(first, [2.0, 0.0])
     np.testing.assert_array_equal(third, jnp.array([0.1, 7.0]))
@@ -114,10 +114,10 @@ def test_no_gradient_becomes_zero_because_nothing_is_known_yet():
 
 def test_everything_passes_during_the_warm_up():
     stream = [jnp.array([10.0**i]) for i in range(4)]
-    results, state = run(spam_clip(2.0, 0.5, warmup_steps=4), stream)
+    results, state = run(spam_clip(2.0, decay=0.5, warmup_steps=4), stream)
     chex.assert_trees_all_equal(results, stream)
     assert float(metrics(state)["clip_limit"]) == np.inf
-    (held,), _ = run(spam_clip(2.0, 0.5, warmup_steps=4), [jnp.array([1e9])], state)
+    (held,), _ = run(spam_clip(2.0, decay=0.5, warmup_steps=4), [jnp.array([1e9])], state)
     assert float(held[0]) < 2e3
 
 
@@ -147,9 +147,13 @@ def test_a_new_level_is_reached_in_16_updates_and_the_old_one_in_4605_a_decade()
 
 
 def test_squares_do_not_overflow():
-    results, state = run(spam_clip(100.0, 0.9, warmup_steps=1), [jnp.array([1e20, 1e-25])] * 3)
+    results, state = run(
+        spam_clip(100.0, decay=0.9, warmup_steps=1), [jnp.array([1e20, 1e-25])] * 3
+    )
     np.testing.assert_array_equal(np.stack(results), np.float32([[1e20, 1e-25]] * 3))
-    (held,), state = run(spam_clip(100.0, 0.9, warmup_steps=1), [jnp.array([3e38, 1.0])], state)
+    (held,), state = run(
+        spam_clip(100.0, decay=0.9, warmup_steps=1), [jnp.array([3e38, 1.0])], state
+    )
     rms = np.sqrt(1 - 0.9**3)
     np.testing.assert_allclose(held, [10 * rms * 1e20, 10 * rms * 1e-25], rtol=1e-4)
     assert int(metrics(state)["nonfinite_count"]) == 0
@@ -157,7 +161,7 @@ def test_squares_do_not_overflow():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_becomes_zero_and_leaves_the_statistics_bit_equal(bad):
-    clip = spam_clip(9.0, 0.9, warmup_steps=2)
+    clip = spam_clip(9.0, decay=0.9, warmup_steps=2)
     stream = list(spiky(30))
     _, state = run(clip, stream)
     broken = stream[0].copy()
@@ -168,7 +172,7 @@ def test_what_is_not_finite_becomes_zero_and_leaves_the_statistics_bit_equal(bad
     assert rms_of(new)[1] == rms_of(state)[1]
     np.testing.assert_array_equal(rms_of(new)[::2], rms_of(expected)[::2])
     assert int(metrics(new)["nonfinite_count"]) == 1
-    clip = spam_clip(9.0, 0.9, warmup_steps=2, on_nonfinite="propagate")
+    clip = spam_clip(9.0, decay=0.9, warmup_steps=2, on_nonfinite="propagate")
     (result,), _ = run(clip, [broken], state)
     np.testing.assert_array_equal(np.isnan(result), [False, True, False])
 
@@ -192,9 +196,9 @@ def test_small_dtypes_come_back_as_they_are_and_learn_in_float32(dtype):
 
 
 def test_in_float64_under_x64(x64):
-    (_, held), state = run(spam_clip(4.0, 0.75, warmup_steps=1), [jnp.array([3.0])] * 2)
+    (_, held), state = run(spam_clip(4.0, decay=0.75, warmup_steps=1), [jnp.array([3.0])] * 2)
     assert held.dtype == rms_of(state).dtype == jnp.float64
-    (held,), _ = run(spam_clip(4.0, 0.75, warmup_steps=1), [jnp.array([1e200])], state)
+    (held,), _ = run(spam_clip(4.0, decay=0.75, warmup_steps=1), [jnp.array([1e200])], state)
     assert float(held[0]) == pytest.approx(2 * 3 * np.sqrt(1 - 0.75**2), rel=1e-12)
 
 
@@ -210,7 +214,7 @@ TREE = {
 
 
 def test_leaves_that_are_no_gradients_pass():
-    clip = spam_clip(1.0, 0.5, warmup_steps=0)
+    clip = spam_clip(1.0, decay=0.5, warmup_steps=0)
     result, state = clip.update(TREE, clip.init({**TREE, "float0": jnp.arange(2)}))
     chex.assert_trees_all_equal_shapes_and_dtypes(
         {k: result[k] for k in "wb"}, {k: TREE[k] for k in "wb"}
@@ -244,7 +248,7 @@ def shapes(tree):
 
 
 def test_state_keeps_its_shape_and_scan_equals_the_loop():
-    clip = spam_clip(optax.linear_schedule(9.0, 4.0, 100), 0.9, warmup_steps=2)
+    clip = spam_clip(optax.linear_schedule(9.0, 4.0, 100), decay=0.9, warmup_steps=2)
     stream = jnp.asarray(spiky(100))
     results, state = run(clip, list(stream))
     init = clip.init(jnp.zeros(3, jnp.bfloat16))
@@ -261,7 +265,7 @@ def test_state_keeps_its_shape_and_scan_equals_the_loop():
 
 
 def test_jit_eager_and_vmap_agree():
-    clip = spam_clip(9.0, 0.9, warmup_steps=2)
+    clip = spam_clip(9.0, decay=0.9, warmup_steps=2)
     streams = [spiky(5, seed=seed) for seed in range(2)]
     eager = []
     for stream in streams:
@@ -283,7 +287,7 @@ def test_jit_eager_and_vmap_agree():
 
 
 def test_updates_and_state_may_be_donated():
-    clip = spam_clip(9.0, 0.9)
+    clip = spam_clip(9.0, decay=0.9)
     grads = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
     state = clip.init(grads)
     expected, _ = clip.update(grads, state)
@@ -292,7 +296,7 @@ def test_updates_and_state_may_be_donated():
 
 
 def test_saved_and_restored_in_the_middle_is_bit_equal(tmp_path):
-    clip = spam_clip(9.0, 0.9, warmup_steps=2)
+    clip = spam_clip(9.0, decay=0.9, warmup_steps=2)
     stream = list(spiky(40))
     expected, last = run(clip, stream)
     _, state = run(clip, stream[:20])
@@ -305,7 +309,7 @@ def test_saved_and_restored_in_the_middle_is_bit_equal(tmp_path):
 
 
 def test_derivatives_are_finite_and_at_zero_the_identity():
-    clip = spam_clip(4.0, 0.75, warmup_steps=0)
+    clip = spam_clip(4.0, decay=0.75, warmup_steps=0)
 
     def second(first, x):
         _, state = clip.update(first, clip.init(first))
@@ -363,7 +367,7 @@ def test_composes_with_the_wrappers_of_optax(standard_promotion):
 
 
 def test_split_over_devices_as_on_one(mesh):
-    clip = spam_clip(4.0, 0.75, warmup_steps=1)
+    clip = spam_clip(4.0, decay=0.75, warmup_steps=1)
     stream = [jnp.arange(1.0, 17.0), jnp.arange(1.0, 17.0).at[9].set(1e4)]
     expected, state = run(clip, stream)
     split = NamedSharding(mesh, PartitionSpec("data"))
@@ -375,7 +379,7 @@ def test_split_over_devices_as_on_one(mesh):
     assert results[1].sharding.is_equivalent_to(split, 1)
 
     for checks, axis_name in ((True, None), (False, "data"), (False, PartitionSpec("data"))):
-        manual = spam_clip(4.0, 0.75, warmup_steps=1, axis_name=axis_name)
+        manual = spam_clip(4.0, decay=0.75, warmup_steps=1, axis_name=axis_name)
         specs = (PartitionSpec("data"), jax.tree.map(lambda x: PartitionSpec(), state))
         of_state = specs[1]._replace(limit_state=((), PartitionSpec("data")))
         update = shard_map(
@@ -394,7 +398,7 @@ def test_a_leaf_in_host_memory_stays_there():
     updates = {"w": jnp.array([[3.0, 0.0], [0.0, 0.5]]), "b": jnp.ones(2)}
     host = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
     mixed = {**updates, "w": jax.device_put(updates["w"], host)}
-    clip = spam_clip(4.0, 0.75)
+    clip = spam_clip(4.0, decay=0.75)
     result, _ = jax.jit(clip.update)(mixed, clip.init(mixed))
     expected, _ = clip.update(updates, clip.init(updates))
     assert result["w"].sharding.memory_kind == "pinned_host"

@@ -26,11 +26,11 @@ STATES = {
     "AdaGCState": gradclip_jax.adagc(),
     "GrowthState": gradclip_jax.limit_norm_growth(),
     "ZScoreState": gradclip_jax.zclip(),
-    "EmaState": gradclip_jax.ema_clip(),
-    "MeanState": clip_to_limit(gradclip_jax.ema(), gradclip_jax.leaf_norms),
-    "groups": clip_to_limit(1.0, lambda tree, axis_name: group_norms(tree, labels=labels)),
+    "EmaState": clip_to_limit(gradclip_jax.limits.ema()),
+    "MeanState": clip_to_limit(gradclip_jax.limits.ema(), measure=gradclip_jax.leaf_norms),
+    "groups": clip_to_limit(1.0, measure=lambda tree, axis_name: group_norms(tree, labels=labels)),
     "spam_clip": gradclip_jax.spam_clip(),
-    "percentile": gradclip_jax.percentile_clip(window=4),
+    "percentile": clip_to_limit(gradclip_jax.limits.percentile(window=4)),
 }
 
 

@@ -251,7 +251,7 @@ def test_stages_in_separate_programs_are_clipped_by_one_norm():
         {"embed": np.full(4, 1e25), "block0": np.array([1e25, 2e25])},
         {"block1": np.full(16, 0.5e25), "head": np.full(12, 1e25)},
     ]
-    clip = gradclip_jax.clip_to_limit(1.0, gradclip_jax.given_norm("total"))
+    clip = gradclip_jax.clip_to_limit(1.0, measure=gradclip_jax.given_norm("total"))
     stages = [placed(*stage) for stage in zip(grads, meshes, specs, strict=True)]
     norms = [jax.jit(global_norm)(stage) for stage in stages]
     close(np.array(norms), [3e25, 4e25])
@@ -336,7 +336,7 @@ def test_frozen_leaves_do_not_count(run, mesh, standard_promotion):
 def test_a_mask_may_cut_off_what_specs_and_labels_spell_out(mesh):
     """`optax.masked` leaves one empty node of a subtree, whatever specs and labels say of it."""
     labels = jax.tree.map(lambda leaf: "matrix" if leaf.ndim > 1 else "vector", TUNED)
-    clip = gradclip_jax.clip_by_group_norm(1.0, labels, axis_name=TUNED_SPECS)
+    clip = gradclip_jax.clip_by_group_norm(1.0, labels=labels, axis_name=TUNED_SPECS)
     masked = optax.masked(clip, TRAINED)
 
     def step(grads):
@@ -635,7 +635,7 @@ def clips_of_stacked(axis_name):
         "unit": gradclip_jax.clip_by_unit_norm(1.0, axes=(1, 2), axis_name=axis_name),
         "agc": gradclip_jax.adaptive_grad_clip(0.1, axes=1, axis_name=axis_name),
         "group": gradclip_jax.clip_by_group_norm(
-            1.0, {"kernel": "k", "bias": "b"}, axis_name=axis_name
+            1.0, labels={"kernel": "k", "bias": "b"}, axis_name=axis_name
         ),
     }
 

@@ -9,8 +9,9 @@ import optax
 import pytest
 
 import gradclip_jax
-from gradclip_jax import Limit, clip_to_limit, constant, ema, growth, maximum, minimum, zscore
+from gradclip_jax import Limit, clip_to_limit
 from gradclip_jax._limits import update_finite
+from gradclip_jax.limits import constant, ema, growth, maximum, minimum, zscore
 
 
 def limits_of(limit: Limit, norms, dtype=jnp.float32):
@@ -125,13 +126,14 @@ def test_a_schedule_of_what_is_no_real_scalar_raises_and_is_named(value):
     grads = jnp.array([3.0, 4.0])
     with pytest.raises(ValueError, match=r"^`max_norm` must be a schedule of real scalars, got "):
         clip.update(grads, clip.init(grads))
-    clip = gradclip_jax.clip_by_value(lambda count: value, 2.0)
-    with pytest.raises(ValueError, match=r"^`limit` must be a schedule of real scalars, got "):
+    clip = gradclip_jax.clip_by_range(lambda count: value, upper=2.0)
+    with pytest.raises(ValueError, match=r"^`lower` must be a schedule of real scalars, got "):
         clip.update(grads, clip.init(grads))
 
 
 @pytest.mark.parametrize(
-    "function", [gradclip_jax.leaf_norms, gradclip_jax.shrink, gradclip_jax.clip_by_norm, Limit]
+    "function",
+    [gradclip_jax.leaf_norms, gradclip_jax.responses.shrink, gradclip_jax.clip_by_norm, Limit],
 )
 def test_a_measure_a_response_or_a_clip_is_no_schedule(function):
     with pytest.raises(ValueError, match=rf"`limit` must be .* the function `{function.__name__}`"):

@@ -61,7 +61,7 @@ def test_each_group_is_keyed_by_its_path():
     assert seen["clip_factor/head"] == 0.5
     assert seen["clip_limit/encoder/w"] == 42.0
     labels = {"encoder": "body", "head": "head"}
-    grouped = after(gradclip_jax.clip_by_group_norm(42.0, labels), GRADS)
+    grouped = after(gradclip_jax.clip_by_group_norm(42.0, labels=labels), GRADS)
     assert numbers(metrics(grouped, per_group=True))["grad_norm/body"] == 13.0
 
 
@@ -225,7 +225,7 @@ def test_metrics_of_split_units_are_those_of_all_outside_the_region(mesh):
 
 GUARDED = {
     "skip_nonfinite": lambda: skip_nonfinite(gradclip_jax.clip_by_norm(17.0)),
-    "skip_spikes": lambda: skip_spikes(optax.sgd(1.0), gradclip_jax.median(window=4)),
+    "skip_spikes": lambda: skip_spikes(optax.sgd(1.0), gradclip_jax.limits.median(window=4)),
     "zero_nonfinite": gradclip_jax.zero_nonfinite,
     "both": lambda: optax.chain(
         gradclip_jax.zero_nonfinite(), skip_nonfinite(gradclip_jax.clip_by_global_norm(17.0))

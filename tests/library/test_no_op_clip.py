@@ -111,8 +111,8 @@ def test_a_loop_that_clips_raises_nothing():
 
 CLIPS = {
     "global": GLOBAL,
-    "smooth": clip_by_global_norm(LIMIT, response=gradclip_jax.smooth),
-    "drop": clip_by_global_norm(LIMIT, response=gradclip_jax.drop),
+    "smooth": clip_by_global_norm(LIMIT, response=gradclip_jax.responses.smooth),
+    "drop": clip_by_global_norm(LIMIT, response=gradclip_jax.responses.drop),
     "normalised": gradclip_jax.normalize_by_norm(LIMIT),
     "adaptive": gradclip_jax.zclip(),
     "each array": clip_by_norm(LIMIT),

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import gradclip_jax
-from gradclip_jax import clip_to_limit, global_norm, leaf_norms, shrink
+from gradclip_jax import clip_to_limit, global_norm, leaf_norms
+from gradclip_jax.responses import shrink
 
 REFERENCE = Path(__file__).parent / "reference"
 CASES = [
@@ -31,8 +32,8 @@ def ours(case):
         case "torch", "clip_grad_value_":
             return gradclip_jax.clip_by_value(arguments["clip_value"])
         case "tensorflow", "clip_by_value":
-            return gradclip_jax.clip_by_value(
-                arguments["clip_value_min"], arguments["clip_value_max"]
+            return gradclip_jax.clip_by_range(
+                arguments["clip_value_min"], upper=arguments["clip_value_max"]
             )
         case "tensorflow", "clip_by_norm":
             if not arguments.get("axes"):
@@ -65,7 +66,9 @@ def ours(case):
             # It divides by the norm + eps: a response of three lines.
             eps = arguments.get("eps", 1e-6)
             return clip_to_limit(
-                arguments.get("scale_factor", 1.0), global_norm, lambda n, limit: limit / (n + eps)
+                arguments.get("scale_factor", 1.0),
+                measure=global_norm,
+                response=lambda n, limit: limit / (n + eps),
             )
     raise NotImplementedError(case["function"])
 
@@ -104,9 +107,9 @@ def test_the_cases_cover_what_they_should():
 def test_without_its_epsilon_pytorch_would_be_five_digits_off():
     """0.05 clipped to 0.01: 0.0099998 with 1e-6 in the divisor, 0.01 without."""
     x = jnp.array([0.05])
-    clip = clip_to_limit(0.01, leaf_norms, torch_shrink)
+    clip = clip_to_limit(0.01, measure=leaf_norms, response=torch_shrink)
     assert float(clip.update(x, clip.init(x))[0][0]) == pytest.approx(0.01 / 1.00002, rel=1e-6)
-    clip = clip_to_limit(0.01, leaf_norms)
+    clip = clip_to_limit(0.01, measure=leaf_norms)
     assert float(clip.update(x, clip.init(x))[0][0]) == pytest.approx(0.01, rel=1e-6)
 
 

@@ -26,7 +26,7 @@ def test_a_constant_norm_is_never_skipped_and_a_new_level_ends_the_skipping():
     MaxText feeds its rule with norms that are clipped to 1 already, so that it can hardly fire.
     """
     inner = gradclip_jax.clip_by_global_norm(1.0)
-    optimizer = gradclip_jax.skip_spikes(inner, gradclip_jax.ema(6.0))
+    optimizer = gradclip_jax.skip_spikes(inner, gradclip_jax.limits.ema(6.0))
 
     def step(state, norm):
         updates, state = optimizer.update(norm, state)
@@ -60,7 +60,9 @@ def test_autoclip_is_of_the_norm_of_all_arrays():
 def test_a_known_norm_of_minus_one_counts_as_not_finite(response):
     """DeepSpeed has -1 for an overflow, and its factor then has that sign."""
     known = gradclip_jax.given_norm("grad_norm")
-    clip = gradclip_jax.clip_to_limit(1.0, known, getattr(gradclip_jax, response))
+    clip = gradclip_jax.clip_to_limit(
+        1.0, measure=known, response=getattr(gradclip_jax.responses, response)
+    )
 
     @jax.jit
     def update(grads, grad_norm):

@@ -13,21 +13,20 @@ from conftest import make_mesh
 from jax.sharding import PartitionSpec as P
 
 import gradclip_jax
+from gradclip_jax import clip_to_limit
 from gradclip_jax._devices import varying_axes
 from gradclip_jax._limits import Limit, update_finite
 from gradclip_jax._limits.ema import ema
 from gradclip_jax._limits.growth import growth
-from gradclip_jax._limits.quantile import quantile
+from gradclip_jax._limits.running_quantile import running_quantile
 from gradclip_jax._limits.zscore import zscore
-from gradclip_jax._strategies.ema_clip import ema_clip
 from gradclip_jax._strategies.limit_norm_growth import limit_norm_growth
-from gradclip_jax._strategies.quantile_clip import quantile_clip
 from gradclip_jax._strategies.zclip import zclip
 
 N = [1.0, 1.2, 0.8, 1.1, 10.0, 0.9, 1.0, 50.0, 1.3, 0.7]
-dual_ema = functools.partial(ema, 0.0, 0.99, ratio=2.0, target=(1.1, 0.9), warmup_steps=1)
+dual_ema = functools.partial(ema, 0.0, ratio=2.0, target=(1.1, 0.9), warmup_steps=1)
 LIMITS = {
-    "quantile": quantile(),
+    "quantile": running_quantile(),
     "zscore": zscore(),
     "ema": ema(),
     "dual": dual_ema(),
@@ -329,22 +328,24 @@ def steps_until_passed(limit: Limit, before, after) -> int:
 
 def test_the_quantile_comes_from_anywhere_at_the_documented_rate():
     """ln(10) / (eta q) is 23.03: the 25th limit is above."""
-    assert steps_until_passed(quantile(init=0.1), [], np.ones(100)) == 24
-    assert steps_until_passed(quantile(0.9, init=0.1), [], np.ones(100)) == 13
-    limits, _, _ = scanned(quantile(0.9, init=10.0), np.ones(300))
+    assert steps_until_passed(running_quantile(init=0.1), [], np.ones(100)) == 24
+    assert steps_until_passed(running_quantile(0.9, init=0.1), [], np.ones(100)) == 13
+    limits, _, _ = scanned(running_quantile(0.9, init=10.0), np.ones(300))
     assert int(np.nonzero(limits < 1)[0][0]) == 116
 
 
 @pytest.mark.parametrize("q", [0.25, 0.5, 0.9])
 def test_the_quantile_lets_its_share_pass(q):
     norms = np.random.default_rng(1).lognormal(size=4000)
-    limits, _, _ = scanned(quantile(q), norms)
+    limits, _, _ = scanned(running_quantile(q), norms)
     assert abs(np.mean(norms <= limits) - q) < 0.02
 
 
 def test_the_quantile_never_sticks_at_the_end_of_its_range():
     for start, norm in ((1.0, 1e-37), (1e30, 3e38)):
-        limits, _, state = scanned(quantile(learning_rate=50.0, init=start), np.full(20, norm))
+        limits, _, state = scanned(
+            running_quantile(learning_rate=50.0, init=start), np.full(20, norm)
+        )
         assert np.all(limits > 0)
         assert np.all(np.isfinite(limits))
         assert float(state) > 0
@@ -396,9 +397,9 @@ def test_a_target_above_the_norm_leaves_it_alone():
 @pytest.mark.parametrize(
     ("make", "name", "bad"),
     [
-        *((quantile, "quantile", bad) for bad in (0.0, 1.0, -1, np.nan, True, "0.5", None)),
-        *((quantile, "learning_rate", bad) for bad in (0.0, -1.0, np.inf, True)),
-        *((quantile, "init", bad) for bad in (0, -1.0, np.nan, False, jnp.ones(2))),
+        *((running_quantile, "quantile", bad) for bad in (0.0, 1.0, -1, np.nan, True, "0.5", None)),
+        *((running_quantile, "learning_rate", bad) for bad in (0.0, -1.0, np.inf, True)),
+        *((running_quantile, "init", bad) for bad in (0, -1.0, np.nan, False, jnp.ones(2))),
         *((zscore, "z_max", bad) for bad in (-1.0, np.nan, np.inf, True, None)),
         *((zscore, "decay", bad) for bad in (0.0, 1.0, 1.5, True)),
         *((zscore, "warmup_steps", bad) for bad in (0, -1, 2.5, 2.0, True, None)),
@@ -429,9 +430,9 @@ def test_the_message_names_argument_rule_and_value():
 # --- The clips ------------------------------------------------------------------------------------
 
 CLIPS = {
-    "quantile_clip": quantile_clip,
+    "running_quantile": lambda: clip_to_limit(running_quantile()),
     "zclip": functools.partial(zclip, warmup_steps=3),
-    "ema_clip": functools.partial(ema_clip, warmup_steps=3, target=(1.1, 0.9)),
+    "ema": lambda: clip_to_limit(ema(warmup_steps=3, target=(1.1, 0.9))),
     "limit_norm_growth": limit_norm_growth,
 }
 all_clips = pytest.mark.parametrize("make", CLIPS.values(), ids=CLIPS)
@@ -489,11 +490,11 @@ def test_numbers_may_be_injected_as_hyperparameters(standard_promotion):
     clip = optax.inject_hyperparams(zclip)(warmup_steps=2)
     passed, state = run(clip, [0.5, 0.6, 0.9])
     assert passed == run(zclip(warmup_steps=2), [0.5, 0.6, 0.9])[0]
-    assert set(state.hyperparams) == {"z_max", "decay", "warmup_steps"}
+    assert set(state.hyperparams) == {"z_max", "decay", "max_norm", "warmup_steps"}
 
 
 def test_a_clip_through_orbax_continues_bit_for_bit(tmp_path):
-    clip = CLIPS["ema_clip"]()
+    clip = CLIPS["ema"]()
     expected, _ = run(clip, N)
     _, state = run(clip, N[:5])
     with ocp.StandardCheckpointer() as checkpointer:
@@ -507,13 +508,13 @@ def test_a_clip_through_orbax_continues_bit_for_bit(tmp_path):
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (gradclip_jax.quantile_clip, {"quantile": 0.5, "learning_rate": 0.2, "init": 1.0}),
+        (running_quantile, {"quantile": 0.5, "learning_rate": 0.2, "init": 1.0}),
         (
             gradclip_jax.zclip,
             {"z_max": 2.5, "decay": 0.97, "warmup_steps": 25, "max_norm": 1.0},
         ),
         (
-            gradclip_jax.ema_clip,
+            ema,
             {"k": 3.0, "decay": 0.99, "ratio": 1.0, "target": None, "warmup_steps": 25},
         ),
         (gradclip_jax.limit_norm_growth, {"ratio": 1.01, "floor": 0.1}),

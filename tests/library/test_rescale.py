@@ -8,18 +8,17 @@ import numpy as np
 import pytest
 
 import gradclip_jax
-from gradclip_jax import (
+from gradclip_jax import clip_to_limit, global_norm
+from gradclip_jax._rescale import factors
+from gradclip_jax.responses import (
     automatic,
-    clip_to_limit,
     drop,
-    global_norm,
     normalize,
     shrink,
     smooth,
     smooth_sqrt,
     smooth_tanh,
 )
-from gradclip_jax._rescale import factors
 
 SMOOTH = [smooth, smooth_sqrt, smooth_tanh]
 norms = jnp.array([0.0, 1e-6, 0.5, 1.0, 2.0, 1e3, 1e30])
@@ -77,7 +76,7 @@ def test_shrink_with_the_epsilon_of_pytorch():
     norm = jnp.float32(0.05)
     assert float(shrink(norm, jnp.float32(0.01), eps=1e-6)) == pytest.approx(0.01 / 0.050001)
     assert float(shrink(jnp.float32(1.0), jnp.float32(1.0), eps=1e-6)) < 1
-    clip = clip_to_limit(1.0, global_norm, functools.partial(shrink, eps=1e-2))
+    clip = clip_to_limit(1.0, measure=global_norm, response=functools.partial(shrink, eps=1e-2))
     updates, _ = clip.update(jnp.array([3.0, 4.0]), clip.init(jnp.zeros(2)))
     np.testing.assert_allclose(updates, np.array([3.0, 4.0]) / 5.01, rtol=1e-6)
 
@@ -92,7 +91,7 @@ def test_a_factor_below_the_smallest_float32_is_shared_by_two_steps():
 
 
 def test_a_factor_above_the_largest_float32_is_shared_by_two_steps():
-    clip = clip_to_limit(1e10, global_norm, normalize)
+    clip = clip_to_limit(1e10, measure=global_norm, response=normalize)
     updates, _ = clip.update(jnp.array([3e-35, 4e-35]), clip.init(jnp.zeros(2)))
     np.testing.assert_allclose(updates, [6e9, 8e9], rtol=1e-5)
 

@@ -14,9 +14,10 @@ from conftest import make_mesh, shard_map
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 from registry import spectral_by_polynomials as by_polynomials
 
-from gradclip_jax import clip_by_dual_norm, drop, metrics, smooth_sqrt
+from gradclip_jax import clip_by_dual_norm, metrics
 from gradclip_jax._strategies import spectral_clip as spectral_module
 from gradclip_jax._strategies.spectral_clip import soft_spectral_clip, spectral_clip
+from gradclip_jax.responses import drop, smooth_sqrt
 
 by_decomposition = functools.partial(spectral_clip, response=smooth_sqrt)
 both = pytest.mark.parametrize("make", [spectral_clip, soft_spectral_clip])

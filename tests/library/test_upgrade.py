@@ -14,11 +14,12 @@ import gradclip_jax
 from gradclip_jax import (
     clip_by_global_norm,
     clip_by_norm,
+    clip_to_limit,
     metrics,
-    percentile_clip,
     skip_nonfinite,
     upgrade_state,
 )
+from gradclip_jax.limits import percentile
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -54,7 +55,7 @@ def goes_on(old, new, *, taken):
 
 CLIP, OTHER = clip_by_global_norm(1.0), clip_by_norm(1.0)
 SCHEDULED = clip_by_global_norm(lambda count: 1.0)
-QUANTILE = percentile_clip(window=4)
+QUANTILE = clip_to_limit(percentile(window=4))
 LABELS = {"w": "a", "layers": "b"}
 
 
@@ -101,9 +102,9 @@ def test_a_strategy_may_change_and_a_constant_become_a_schedule(new):
 
 def test_what_a_clip_has_learned_stays_unless_its_shapes_changed():
     old = optax.chain(QUANTILE, ADAM)
-    state = goes_on(old, optax.chain(percentile_clip(50.0, window=4), ADAM), taken=[3])
+    state = goes_on(old, optax.chain(clip_to_limit(percentile(50.0, window=4)), ADAM), taken=[3])
     jax.tree.map(np.testing.assert_array_equal, state[0], trained(old)[0])
-    goes_on(old, optax.chain(percentile_clip(window=5), ADAM), taken=[0])
+    goes_on(old, optax.chain(clip_to_limit(percentile(window=5)), ADAM), taken=[0])
     # Two clips side by side: the one with the same state is the old one.
     goes_on(old, optax.chain(CLIP, QUANTILE, ADAM), taken=[0, 3])
     goes_on(optax.chain(QUANTILE, CLIP, ADAM), optax.chain(CLIP, QUANTILE, CLIP, ADAM),
@@ -144,7 +145,7 @@ def test_a_part_of_a_named_chain_may_be_new():
     "guard",
     [
         skip_nonfinite,
-        functools.partial(gradclip_jax.skip_spikes, limit=gradclip_jax.median(window=4)),
+        functools.partial(gradclip_jax.skip_spikes, limit=gradclip_jax.limits.median(window=4)),
         lambda chain: optax.chain(gradclip_jax.error_feedback(OTHER), chain),
         lambda chain: optax.chain(gradclip_jax.clip21(OTHER), chain),
         lambda chain: optax.chain(gradclip_jax.zero_nonfinite(), chain),

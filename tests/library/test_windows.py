@@ -14,13 +14,12 @@ from conftest import make_mesh
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import gradclip_jax
+from gradclip_jax import clip_to_limit
 from gradclip_jax._limits import minimum, update_finite
 from gradclip_jax._limits.median import median
 from gradclip_jax._limits.percentile import percentile
 from gradclip_jax._limits.window import is_full, new_window, percentile_of, push
 from gradclip_jax._strategies.autoclip import _percentile_so_far, autoclip
-from gradclip_jax._strategies.median_clip import median_clip
-from gradclip_jax._strategies.percentile_clip import percentile_clip
 
 GOLDEN = [1.0, 1.2, 0.8, 1.1, 10.0, 0.9, 1.0, 50.0, 1.3, 0.7]
 INF = np.inf
@@ -100,8 +99,7 @@ MADE = {
 }
 each_made = pytest.mark.parametrize("limit", MADE.values(), ids=MADE)
 ALL = minimum(percentile(60, window=2), minimum(median(1.0, window=2), so_far(40, window=3)))
-CLIPS = [autoclip, percentile_clip, median_clip]
-each_clip = pytest.mark.parametrize("make", CLIPS)
+each_maker = pytest.mark.parametrize("make", [autoclip, percentile, median])
 
 
 @each_limit
@@ -137,17 +135,17 @@ def test_autoclip_follows_the_trace_of_its_authors():
     np.testing.assert_allclose(seen["clip_factor"], factors, rtol=1e-5)
 
 
-def test_percentile_clip_follows_the_trace_of_trellis():
-    seen = history_of(percentile_clip(95, window=4), GOLDEN)
+def test_a_percentile_follows_the_trace_of_trellis():
+    seen = history_of(clip_to_limit(percentile(95, window=4)), GOLDEN)
     limits = [INF, INF, INF, INF, 1.185, 8.68, 8.665, 8.665, 44.0, 42.695]
     np.testing.assert_allclose(seen["clip_limit"], limits, rtol=1e-5)
     factors = [1, 1, 1, 1, 0.1185, 1, 1, 0.1733, 1, 1]
     np.testing.assert_allclose(seen["clip_factor"], factors, rtol=1e-5)
 
 
-def test_median_clip_of_numbers_to_check_by_hand():
+def test_a_median_of_numbers_to_check_by_hand():
     """Of 1, 1.2, 0.8, 1.1 the median is 1.05, and the distances are 0.05, 0.05, 0.15, 0.25."""
-    seen = history_of(median_clip(5, window=4), GOLDEN[:5])
+    seen = history_of(clip_to_limit(median(5, window=4)), GOLDEN[:5])
     np.testing.assert_allclose(seen["clip_limit"][:4], INF)
     np.testing.assert_allclose(seen["clip_limit"][4], 1.05 + 5 * 1.4826 * 0.1, rtol=1e-6)
     np.testing.assert_allclose(seen["clip_factor"][4], 0.17913, rtol=1e-5)
@@ -346,9 +344,9 @@ def test_norms_near_the_largest_number_leave_the_window_again():
 # As transformations
 
 
-@each_clip
+@each_maker
 def test_no_threshold_that_may_not_be(make):
-    name = "k" if make is median_clip else "percentile"
+    name = "k" if make is median else "percentile"
     rule = {"k": "be a finite number of at least 0", "percentile": "lie between 0 and 100"}[name]
     wrong = [-1, INF, np.nan, True, "5", None, jnp.ones(2), jnp.array(True), jnp.array(-1.0)]
     for bad in wrong + ([] if name == "k" else [100.5]):
@@ -356,7 +354,7 @@ def test_no_threshold_that_may_not_be(make):
             make(bad)
 
 
-@pytest.mark.parametrize("make", [*CLIPS, percentile, median])
+@each_maker
 @pytest.mark.parametrize("bad", [0, -1, 2.0, True, None, "3"])
 def test_no_window_that_may_not_be(make, bad):
     with pytest.raises(ValueError, match=r"^`window` must be a whole number of at least 1, got "):
@@ -365,16 +363,20 @@ def test_no_window_that_may_not_be(make, bad):
         make(window=jnp.array(3))
 
 
-@each_clip
+@each_maker
 def test_defaults_are_those_documented(make):
-    expected = {autoclip: (10.0, 1000), percentile_clip: (95.0, 128), median_clip: (5.0, 128)}[make]
+    expected = {autoclip: (10.0, 1000), percentile: (95.0, 128), median: (5.0, 128)}[make]
     values = inspect.signature(inspect.unwrap(make)).parameters.values()
     assert [value.default for value in values][:2] == list(expected)
 
 
-@pytest.mark.parametrize("make", [autoclip, median_clip])
+def clip_by_median(k, *, window):
+    return clip_to_limit(median(k, window=window))
+
+
+@pytest.mark.parametrize("make", [autoclip, clip_by_median])
 def test_the_threshold_may_be_injected_as_a_schedule(make, standard_promotion):
-    name = "k" if make is median_clip else "percentile"
+    name = "k" if make is clip_by_median else "percentile"
     schedule = {name: optax.linear_schedule(0.0, 50.0, 5)}
     clip = optax.inject_hyperparams(make, static_args="window")(**schedule, window=2)
     updates, update = jnp.array([3.0, 4.0]), jax.jit(clip.update)

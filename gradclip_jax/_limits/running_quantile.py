@@ -8,7 +8,9 @@ from .limit import Limit
 from .moments import unless_zero
 
 
-def quantile(quantile: Threshold = 0.5, *, learning_rate: float = 0.2, init: float = 1.0) -> Limit:
+def running_quantile(
+    quantile: Threshold = 0.5, *, learning_rate: float = 0.2, init: float = 1.0
+) -> Limit:
     r"""A running quantile: the limit falls after a norm below it, and rises after one above it.
 
     $$ L_{t+1} = L_t \exp(-\eta (b_t - q)), \qquad b_t = [n_t \le L_t], \qquad L_1 = \text{init} $$
@@ -27,8 +29,8 @@ def quantile(quantile: Threshold = 0.5, *, learning_rate: float = 0.2, init: flo
       ValueError: For a number outside of its range.
 
     >>> import jax.numpy as jnp
-    >>> from gradclip_jax import quantile
-    >>> median = quantile(0.5)
+    >>> from gradclip_jax.limits import running_quantile
+    >>> median = running_quantile(0.5)
     >>> state = median.init(jnp.float32(0.0))
     >>> for norm in (1.0, 9.0, 9.0):
     ...     limit, state = median.update(jnp.float32(norm), state)
@@ -47,7 +49,7 @@ def quantile(quantile: Threshold = 0.5, *, learning_rate: float = 0.2, init: flo
     def update(norm: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
         eta, q = (jnp.asarray(x).astype(norm.dtype) for x in (rate, share))
         new = limit * jnp.exp(-eta * ((norm <= limit).astype(norm.dtype) - q))
-        # From 0 or infinity no factor leads back.
+        # A limit of 0 or infinity would stay there: multiplying cannot leave it.
         info = jnp.finfo(norm.dtype)
         new = jnp.clip(new, float(info.tiny), float(info.max))
         return limit, unless_zero(norm, new, limit)
