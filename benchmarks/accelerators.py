@@ -223,7 +223,8 @@ def added(results: Results, tasks: Sequence[Task], show: Callable[[Facts], float
     if any(isinstance(one, str) for one in found):
         return [cell(results, task, lambda f: digits(show(f))) for task in tasks] + [""]
     none, theirs, ours = (show(one) for one in found if isinstance(one, Facts))
-    ratio = f"{(ours - none) / (theirs - none):.2f}" if theirs != none else ""
+    # Of a clip that makes a step cheaper, by luck of its allocation, a ratio says nothing.
+    ratio = f"{(ours - none) / (theirs - none):.2f}" if theirs > none else ""
     return [digits(none), *(f"{x - none:+,.1f}".removesuffix(".0") for x in (theirs, ours)), ratio]
 
 
