@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ._checks import accepts, takes
-from ._devices import AxisName, any_device, filled_like, manual_axes, varying_like
+from ._devices import any_device, filled_like, manual_axes, varying_like
 from ._inject import strategy
 from ._leaves import (
     broadcast_norms,
@@ -37,6 +37,7 @@ from ._state import (
     plain_norms,
     transformation,
 )
+from ._types import AxisName, Norms, Params, Threshold, Updates
 
 Measure = Callable[..., Any]
 """`(updates, *, axis_name) -> norms`, where the tree of the norms is a prefix of the updates.
@@ -48,7 +49,7 @@ One that also has an argument `extra_args` gets the extra arguments of the updat
 
 @strategy("limit")
 def clip_to_limit(
-    limit: Limit | Any,
+    limit: Limit | Threshold,
     *,
     measure: Measure = global_norm,
     response: Response = shrink,
@@ -148,15 +149,15 @@ def clip_norms(
     check_response(response)
     check_on_nonfinite(on_nonfinite)
 
-    def init(params: Any) -> ClipState:
+    def init(params: Params) -> ClipState:
         norms = measured_types(measure, params, axis_name)
         return initial_state(
             norms, limits.init(jax.tree.map(functools.partial(filled_like, 0.0), norms))
         )
 
     def update(
-        updates: Any, state: ClipState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, ClipState]:
+        updates: Updates, state: ClipState, params: Params = None, **extra_args: Any
+    ) -> tuple[Updates, ClipState]:
         check_trees(updates, params)
         norms = in_update(measure, extra_args)(updates, axis_name=axis_name)
         check_norms(norms, state)
@@ -168,7 +169,7 @@ def clip_norms(
     return transformation(init, update, limits.init)
 
 
-def measured_types(measure: Measure, params: Any, axis_name: AxisName) -> Any:
+def measured_types(measure: Measure, params: Params, axis_name: AxisName) -> Any:
     """Shapes and types of the norms of a tree; no value is read and outside no axis is bound."""
     gradients = jax.tree.map(lambda leaf: leaf if is_gradient(leaf) else None, params)
     along = axis_name if manual_axes() else ()
@@ -183,15 +184,15 @@ def in_update(measure: Measure, extra_args: Any) -> Measure:
 
 
 def apply_limits(
-    updates: Any,
-    norms: Any,
-    limits: Any,
+    updates: Updates,
+    norms: Norms,
+    limits: Norms,
     state: ClipState,
     limit_state: Any,
     response: Response = shrink,
     on_nonfinite: OnNonfinite = "zero",
     axis_name: AxisName = None,
-) -> tuple[Any, ClipState]:
+) -> tuple[Updates, ClipState]:
     """Hold norms to limits: rescale the updates, and write down what was done."""
     flat, treedef = jax.tree.flatten(norms)
     leaves, tree = jax.tree.flatten(updates)

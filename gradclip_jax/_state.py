@@ -14,6 +14,7 @@ from ._devices import check_averaged, filled_like
 from ._export import exportable
 from ._leaves import GroupNorms, norm_dtype
 from ._limits import Limit, update_finite
+from ._types import Norms, Params, Updates
 
 
 @exportable
@@ -53,7 +54,7 @@ class NonfiniteState(NamedTuple):
     step_count: jax.Array
 
 
-def initial_state(norms: Any, limit_state: Any) -> ClipState:
+def initial_state(norms: Norms, limit_state: Any) -> ClipState:
     """The state before the first update, for norms of these shapes and types."""
 
     def full(number: float) -> Any:
@@ -149,7 +150,9 @@ def transformation(
     """
     last: list[Any] = [None]
 
-    def checked(updates, state, params=None, **extra_args):
+    def checked(
+        updates: Updates, state: Any, params: Params = None, **extra_args: Any
+    ) -> tuple[Updates, Any]:
         if state is None or isinstance(state, optax.EmptyState):
             started = init(updates)
             if jax.tree.leaves(getattr(started, "limit_state", ())):
@@ -208,7 +211,7 @@ def _kind(state: Any) -> Any:
     return treedef, [(array.ndim, array.dtype.kind) for array in arrays]
 
 
-def check_norms(norms: Any, state: ClipState) -> None:
+def check_norms(norms: Norms, state: ClipState) -> None:
     """Raise when norms are not those of the state, made by `init`."""
     measured, known = _ranks(plain_norms(norms)), _ranks(state.grad_norm)
     if measured != known:
@@ -224,18 +227,18 @@ def _ranks(norms: Any) -> tuple[Any, list[int]]:
     return treedef, [leaf.ndim if hasattr(leaf, "ndim") else np.ndim(leaf) for leaf in leaves]
 
 
-def plain_norms(norms: Any) -> Any:
+def plain_norms(norms: Norms) -> Any:
     """Norms as users and checkpoints know them: those of groups as a plain dict."""
     return dict(norms) if isinstance(norms, GroupNorms) else norms
 
 
-def check_trees(updates: Any, params: Any) -> None:
+def check_trees(updates: Updates, params: Params) -> None:
     """Raise when updates are not averaged yet, where params of their structure tell."""
     if params is not None:
         check_averaged(updates, params)
 
 
-def check_params(updates: Any, params: Any) -> None:
+def check_params(updates: Updates, params: Params) -> None:
     """Raise when params that are needed differ in structure from the updates."""
     treedef = jax.tree.structure(updates, is_leaf=lambda x: x is None)
     try:

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from .._checks import Threshold, check_number, check_threshold
-from .._devices import AxisName
+from .._checks import check_number, check_threshold
 from .._rescale import OnNonfinite, Response, shrink
 from .._state import ClipState
 from .._strategies.clip_by_global_norm import clip_by_global_norm
 from .._strategies.clip_by_norm import clip_by_norm
 from .._strategies.clip_by_value import clip_by_value
+from .._types import AxisName, Params, Threshold, Updates
 
 
 def from_torch(
@@ -256,7 +256,9 @@ def _or_raise(
 ) -> optax.GradientTransformationExtraArgs:
     """Raise in an update whose norm is not finite."""
 
-    def update(updates, state, params=None, **extra_args):
+    def update(
+        updates: Updates, state: Any, params: Params = None, **extra_args: Any
+    ) -> tuple[Updates, ClipState]:
         held = clip.update(updates, state, params, **extra_args)
         updates, state = cast(tuple[Any, ClipState], held)
         norm = state.grad_norm

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._checks import Threshold, check_above, check_number
+from .._checks import check_above, check_number
 from .._export import exportable
+from .._types import Threshold
 from .limit import Limit
 from .moments import lerp, unless_zero
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import Threshold, check_threshold
+from .._checks import check_threshold
 from .._reduce import elementwise
+from .._types import Norms, Params, Threshold, Updates
 
 
 class Limit(NamedTuple):
@@ -39,8 +40,8 @@ class Limits(NamedTuple):
         tree of the norms. Norms may be NaN or infinite; the state must not take them in.
     """
 
-    init: Callable[[Any], Any]
-    update: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+    init: Callable[[Norms], Any]
+    update: Callable[[Norms, Any, Updates, Params], tuple[Norms, Any]]
 
 
 def each(limit: Limit | Threshold) -> Limits:
@@ -53,10 +54,12 @@ def each(limit: Limit | Threshold) -> Limits:
     """
     limit = as_limit(limit)
 
-    def init(norms: Any) -> tuple[Any, ...]:
+    def init(norms: Norms) -> tuple[Any, ...]:
         return tuple(limit.init(norm) for norm in jax.tree.leaves(norms))
 
-    def update(norms: Any, state: Any, updates: Any, params: Any) -> tuple[Any, tuple[Any, ...]]:
+    def update(
+        norms: Norms, state: Any, updates: Updates, params: Params
+    ) -> tuple[Norms, tuple[Any, ...]]:
         del updates, params
         flat, treedef = jax.tree.flatten(norms)
         limits, states = update_each(limit, flat, state)

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from .._checks import Threshold, check_percentile, check_whole_number
+from .._checks import check_percentile, check_whole_number
+from .._types import Threshold
 from .limit import Limit
 from .window import is_full, new_window, percentile_of, push
 

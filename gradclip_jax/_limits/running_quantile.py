@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from .._checks import Threshold, check_above, check_between_0_and_1
+from .._checks import check_above, check_between_0_and_1
+from .._types import Threshold
 from .limit import Limit
 from .moments import unless_zero
 

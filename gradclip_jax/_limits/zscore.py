@@ -5,8 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._checks import Threshold, check_between_0_and_1, check_number, check_steps
+from .._checks import check_between_0_and_1, check_number, check_steps
 from .._export import exportable
+from .._types import Threshold
 from .limit import Limit
 from .moments import lerp, std_floor, std_update, unless_zero
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import Threshold, check_above, check_between_0_and_1, check_steps, check_threshold
+from .._checks import check_above, check_between_0_and_1, check_steps, check_threshold
 from .._clip import clip_norms
-from .._devices import AxisName, vma_checked
+from .._devices import vma_checked
 from .._export import exportable
 from .._inject import strategy
 from .._leaves import stacked_scalars
@@ -18,6 +18,7 @@ from .._limits.moments import lerp, unless_zero
 from .._norms import global_norm, leaf_norms
 from .._rescale import OnNonfinite
 from .._state import increment_if, init_threshold, read_threshold
+from .._types import AxisName, Norms, Params, Threshold, Updates
 
 
 @exportable
@@ -93,11 +94,13 @@ def adagc(
     warmup_steps = check_steps("warmup_steps", warmup_steps)
     cap = constant(check_threshold("max_norm", max_norm))
 
-    def init(norms: Any) -> AdaGCState:
+    def init(norms: Norms) -> AdaGCState:
         level = jax.tree.map(jnp.zeros_like, norms)
         return AdaGCState(level, init_threshold(cap), jnp.zeros((), jnp.int32))
 
-    def update(norms: Any, state: AdaGCState, updates: Any, params: Any) -> tuple[Any, AdaGCState]:
+    def update(
+        norms: Norms, state: AdaGCState, updates: Updates, params: Params
+    ) -> tuple[Norms, AdaGCState]:
         del updates, params
         largest, clock = read_threshold(cap, state.max_norm)
         warm = state.step_count >= jnp.asarray(warmup_steps).astype(jnp.int32)
@@ -115,7 +118,14 @@ def adagc(
 
 # Called eagerly this is one cached program for each number of arrays; inside a trace it inlines.
 @functools.partial(jax.jit, inline=True)
-def _limits_and_levels(norms, levels, max_norm, warm, ratio, decay):
+def _limits_and_levels(
+    norms: list[jax.Array],
+    levels: list[jax.Array],
+    max_norm: jax.Array,
+    warm: jax.Array,
+    ratio: Any,
+    decay: Any,
+) -> tuple[list[jax.Array], list[jax.Array]]:
     finite = [jnp.where(jnp.isfinite(norm), norm, 0) for norm in norms]
     # They are reduced over devices already.
     joint = global_norm(stacked_scalars(finite), axis_name=None if vma_checked() else ())

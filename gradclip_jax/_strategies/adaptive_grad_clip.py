@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import Threshold, check_threshold
+from .._checks import check_threshold
 from .._clip import apply_limits, measured_types
-from .._devices import AxisName, of_pair
+from .._devices import of_pair
 from .._inject import strategy
 from .._limits import constant
 from .._norms import Axes, unit_norms
 from .._rescale import OnNonfinite, check_on_nonfinite
 from .._state import (
+    ClipState,
     check_params,
     check_trees,
     init_threshold,
@@ -22,6 +23,7 @@ from .._state import (
     read_threshold,
     transformation,
 )
+from .._types import AxisName, Params, Threshold, Updates
 
 
 @strategy("clipping", "eps")
@@ -77,11 +79,13 @@ def adaptive_grad_clip(
     least = constant(check_threshold("eps", eps))
     measure = functools.partial(unit_norms, axes=nfnets_axes if axes is None else axes)
 
-    def init(params):
+    def init(params: Params) -> ClipState:
         norms = measured_types(measure, params, axis_name)
         return initial_state(norms, (init_threshold(ratio), init_threshold(least)))
 
-    def update(updates, state, params=None, **extra_args):
+    def update(
+        updates: Updates, state: ClipState, params: Params = None, **extra_args: Any
+    ) -> tuple[Updates, ClipState]:
         del extra_args
         if params is None:
             raise ValueError(

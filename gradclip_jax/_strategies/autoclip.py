@@ -3,14 +3,14 @@
 import jax
 import optax
 
-from .._checks import Threshold, check_percentile, check_whole_number
+from .._checks import check_percentile, check_whole_number
 from .._clip import Measure, clip_to_limit
-from .._devices import AxisName
 from .._inject import strategy
 from .._limits import Limit
 from .._limits.window import new_window, percentile_of, push
 from .._norms import global_norm
 from .._rescale import OnNonfinite
+from .._types import AxisName, Threshold
 
 
 @strategy("percentile")

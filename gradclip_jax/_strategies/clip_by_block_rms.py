@@ -6,14 +6,14 @@ from typing import Any
 import jax
 import optax
 
-from .._checks import Threshold, check_threshold
+from .._checks import check_threshold
 from .._clip import clip_norms
-from .._devices import AxisName
 from .._inject import strategy
 from .._limits import Limits, constant
 from .._norms import leaf_norms, leaf_sizes
 from .._rescale import OnNonfinite
 from .._state import init_threshold, read_threshold
+from .._types import AxisName, Norms, Params, Threshold, Updates
 
 
 @strategy("threshold")
@@ -52,7 +52,7 @@ def clip_by_block_rms(
     """
     rms = constant(check_threshold("threshold", threshold))
 
-    def update(norms: Any, state: Any, updates: Any, params: Any) -> tuple[Any, Any]:
+    def update(norms: Norms, state: Any, updates: Updates, params: Params) -> tuple[Norms, Any]:
         del norms, params
         limit, state = read_threshold(rms, state)
         sizes = leaf_sizes(updates, axis_name=axis_name)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from .. import _balls as balls
-from .._checks import Threshold, check_threshold
+from .._checks import check_threshold
 from .._clip import measured_types
-from .._devices import AxisName, replicate_matrices, reshard_like
+from .._devices import replicate_matrices, reshard_like
 from .._inject import strategy
 from .._leaves import broadcast_prefix, is_function, is_gradient, path_name, widen
 from .._limits import constant
@@ -20,6 +20,7 @@ from .._memory import to_device, to_memory_of
 from .._norms import global_norm, leaf_norms
 from .._rescale import OnNonfinite, check_on_nonfinite, shrink
 from .._state import (
+    ClipState,
     check_trees,
     init_threshold,
     initial_state,
@@ -27,6 +28,7 @@ from .._state import (
     read_threshold,
     transformation,
 )
+from .._types import AxisName, Params, Threshold, Updates
 
 
 def matrices_and_signs(path: str, leaf: Any) -> balls.Ball:
@@ -96,11 +98,13 @@ def clip_by_dual_norm(
     _check_ball(ball)
     fill = jnp.nan if on_nonfinite == "propagate" else 0.0
 
-    def init(params):
+    def init(params: Params) -> ClipState:
         norm = measured_types(functools.partial(global_norm, order=1), params, axis_name)
         return initial_state(norm, init_threshold(limit))
 
-    def update(updates, state, params=None, **extra_args):
+    def update(
+        updates: Updates, state: ClipState, params: Params = None, **extra_args: Any
+    ) -> tuple[Updates, ClipState]:
         del extra_args
         check_trees(updates, params)
         most, limit_state = read_threshold(limit, state.limit_state)

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import optax
 
-from .._checks import Threshold, check_threshold
+from .._checks import check_threshold
 from .._clip import clip_norms
-from .._devices import AxisName
 from .._inject import strategy
 from .._limits import Limits, constant, each, update_finite
 from .._norms import group_norms
 from .._rescale import OnNonfinite
+from .._types import AxisName, Norms, Params, Threshold, Updates
 
 
 @strategy("max_norm")
@@ -77,7 +77,9 @@ def clip_by_group_norm(
             )
         return {label: limits[label].init(norm) for label, norm in norms.items()}
 
-    def update(norms: Any, state: Any, updates: Any, params: Any) -> tuple[Any, dict[Any, Any]]:
+    def update(
+        norms: Norms, state: Any, updates: Updates, params: Params
+    ) -> tuple[Norms, dict[Any, Any]]:
         del updates, params
         found = {
             label: update_finite(limits[label], norm, state[label]) for label, norm in norms.items()

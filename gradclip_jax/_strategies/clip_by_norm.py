@@ -2,13 +2,13 @@
 
 import optax
 
-from .._checks import Threshold, check_threshold
+from .._checks import check_threshold
 from .._clip import clip_to_limit
-from .._devices import AxisName
 from .._inject import strategy
 from .._limits import constant
 from .._norms import leaf_norms
 from .._rescale import OnNonfinite
+from .._types import AxisName, Threshold
 
 
 @strategy("max_norm")

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import Threshold, check_lower_bound, check_threshold
+from .._checks import check_lower_bound, check_threshold
 from .._clip import measured_types
-from .._devices import AxisName, of_pair
+from .._devices import of_pair
 from .._inject import strategy
 from .._leaves import is_gradient
 from .._limits import Limit, constant
@@ -26,6 +26,7 @@ from .._state import (
     read_threshold,
     transformation,
 )
+from .._types import AxisName, Params, Threshold, Updates
 
 
 @strategy("limit")
@@ -129,13 +130,13 @@ def _between(
     fill = jnp.nan if on_nonfinite == "propagate" else 0.0
     clamp = functools.partial(clamped, fill=fill)
 
-    def init(params: Any) -> ClipState:
+    def init(params: Params) -> ClipState:
         norm = measured_types(functools.partial(global_norm, order=jnp.inf), params, axis_name)
         return initial_state(norm, (init_threshold(down), init_threshold(up)))
 
     def update(
-        updates: Any, state: ClipState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, ClipState]:
+        updates: Updates, state: ClipState, params: Params = None, **extra_args: Any
+    ) -> tuple[Updates, ClipState]:
         del extra_args
         check_trees(updates, params)
         low, down_state = read_threshold(down, state.limit_state[0])

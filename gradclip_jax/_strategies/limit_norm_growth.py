@@ -2,13 +2,12 @@
 
 import optax
 
-from .._checks import Threshold
 from .._clip import clip_to_limit
-from .._devices import AxisName
 from .._inject import strategy
 from .._limits.growth import growth
 from .._norms import leaf_norms
 from .._rescale import OnNonfinite
+from .._types import AxisName, Threshold
 
 
 @strategy("ratio")

@@ -4,13 +4,13 @@ import functools
 
 import optax
 
-from .._checks import Threshold, check_threshold
+from .._checks import check_threshold
 from .._clip import clip_to_limit
-from .._devices import AxisName
 from .._inject import strategy
 from .._limits import constant
 from .._norms import check_order, global_norm
 from .._rescale import OnNonfinite, normalize
+from .._types import AxisName, Threshold
 
 
 @strategy("max_norm")

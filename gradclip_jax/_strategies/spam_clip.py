@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from .._checks import Threshold, check_between_0_and_1, check_threshold, check_whole_number
+from .._checks import check_between_0_and_1, check_threshold, check_whole_number
 from .._clip import measured_types
-from .._devices import AxisName, filled_like
+from .._devices import filled_like
 from .._inject import strategy
 from .._leaves import broadcast_prefix, is_gradient, widen
 from .._limits import constant
@@ -18,6 +18,7 @@ from .._memory import to_device, to_memory_of
 from .._norms import global_norm
 from .._rescale import OnNonfinite, check_on_nonfinite, clamped, ratio, shrink
 from .._state import (
+    ClipState,
     check_trees,
     init_threshold,
     initial_state,
@@ -25,6 +26,7 @@ from .._state import (
     read_threshold,
     transformation,
 )
+from .._types import AxisName, Params, Threshold, Updates
 
 
 @strategy("threshold", "decay")
@@ -91,14 +93,16 @@ def spam_clip(
     warmup_steps = check_whole_number("warmup_steps", warmup_steps, least=0)
     fill = jnp.nan if on_nonfinite == "propagate" else 0.0
 
-    def init(params):
+    def init(params: Params) -> ClipState:
         norm = measured_types(_largest, params, axis_name)
         gradients = jax.tree.map(lambda x: x if is_gradient(x) else None, params)
         kinds = jax.eval_shape(lambda tree: jax.tree.map(_modulus, tree), gradients)
         rms = jax.tree.map(_zeros_of, kinds, gradients)
         return initial_state(norm, (init_threshold(square), rms))
 
-    def update(updates, state, params=None, **extra_args):
+    def update(
+        updates: Updates, state: ClipState, params: Params = None, **extra_args: Any
+    ) -> tuple[Updates, ClipState]:
         del extra_args
         check_trees(updates, params)
         clock, old = state.limit_state
@@ -139,7 +143,14 @@ def _largest(tree: Any, *, axis_name: AxisName = None) -> jax.Array:
 
 # Called eagerly this is one cached program for each tree structure; inside a trace it inlines.
 @functools.partial(jax.jit, static_argnames="on_nonfinite", inline=True)
-def _changed(leaves, arrays, most, rate, *, on_nonfinite):
+def _changed(
+    leaves: list[jax.Array],
+    arrays: list[jax.Array],
+    most: jax.Array,
+    rate: Any,
+    *,
+    on_nonfinite: OnNonfinite,
+) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
     """What comes out of each leaf, its new root mean square, and the ratio of both before."""
     fill = jnp.nan if on_nonfinite == "propagate" else 0.0
     changed = []

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import Threshold, check_threshold, check_whole_number
+from .._checks import check_threshold, check_whole_number
 from .._clip import measured_types
-from .._devices import AxisName, any_device, replicate_matrices, reshard_like, varying_like
+from .._devices import any_device, replicate_matrices, reshard_like, varying_like
 from .._inject import strategy
 from .._leaves import widen
 from .._limits import constant
@@ -38,6 +38,7 @@ from .._state import (
     read_threshold,
     transformation,
 )
+from .._types import AxisName, Threshold
 
 
 @strategy("max_norm")

@@ -2,14 +2,14 @@
 
 import optax
 
-from .._checks import Threshold, check_threshold
+from .._checks import check_threshold
 from .._clip import Measure, clip_to_limit
-from .._devices import AxisName
 from .._inject import strategy
 from .._limits import constant, minimum
 from .._limits.zscore import zscore
 from .._norms import global_norm
 from .._rescale import OnNonfinite
+from .._types import AxisName, Threshold
 
 
 @strategy("z_max", "decay", "max_norm")
