@@ -79,6 +79,12 @@ def _checked_schedule(name: str, schedule: Callable[..., Any]) -> Callable[[Any]
     return checked
 
 
+_INJECT = (
+    "a schedule of it goes through `optax.inject_hyperparams(strategy)(argument=schedule)`, one of "
+    "a limit through `optax.inject_hyperparams(lambda k: clip_to_limit(limits.ema(k)))(k=schedule)`"
+)
+
+
 def check_number(name: str, value: Any, rule: str, least: float, most: float = math.inf) -> Any:
     """Return a finite number or scalar array within bounds, or a traced value; else raise."""
     if isinstance(value, Tracer):
@@ -92,7 +98,8 @@ def check_number(name: str, value: Any, rule: str, least: float, most: float = m
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     number = _as_float(value) if is_number else math.nan
     if not math.isfinite(number) or not least <= number <= most:
-        raise ValueError(f"`{name}` must {rule}, got {value!r}.")
+        fix = f": {_INJECT}" if callable(value) else ""
+        raise ValueError(f"`{name}` must {rule}, got {value!r}{fix}.")
     return value if isinstance(value, jax.Array) else number
 
 

@@ -159,3 +159,31 @@ def test_the_clock_of_a_schedule_stops_at_its_largest_value():
     most = jnp.int32(2**31 - 1)
     _, count = update_finite(constant(lambda count: 1.0), jnp.float32(1.0), most)
     assert int(count) == 2**31 - 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        gradclip_jax.autoclip,
+        gradclip_jax.zclip,
+        gradclip_jax.adagc,
+        gradclip_jax.limit_norm_growth,
+        *(getattr(gradclip_jax.limits, name) for name in ("percentile", "median", "ema", "growth")),
+        gradclip_jax.limits.zscore,
+        gradclip_jax.limits.running_quantile,
+    ],
+)
+def test_a_schedule_of_a_number_that_is_not_a_threshold_names_inject_hyperparams(make):
+    with pytest.raises(ValueError, match=r"optax\.inject_hyperparams\(strategy\)"):
+        make(optax.constant_schedule(1.5))
+
+
+def test_a_schedule_of_an_argument_of_a_limit_is_injected_by_a_function_of_it():
+    make = optax.inject_hyperparams(
+        lambda k: gradclip_jax.clip_to_limit(gradclip_jax.limits.ema(k, warmup_steps=1))
+    )
+    clip = make(k=optax.linear_schedule(0.0, 100.0, 1))
+    state = clip.init(jnp.zeros(()))
+    for norm in (1.0, 9.0):  # no deviation yet: a thousandth of the mean, 100 times
+        updates, state = clip.update(jnp.float32(norm), state)
+    assert float(updates) == pytest.approx(1.1)
