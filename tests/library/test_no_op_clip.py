@@ -35,13 +35,13 @@ def unthreaded(params, step):
 
 
 @jax.jit
-def lerp(before, after):
+def norm_applied(before, after):
     """The norm of the update that reached SGD."""
     return global_norm(jax.tree.map(jnp.subtract, before, after)) / RATE
 
 
 def record(monitor, step, state, before, after, **options):
-    monitor.record(step, metrics(state, **options), update_norm=lerp(before, after))
+    monitor.record(step, metrics(state, **options), update_norm=norm_applied(before, after))
 
 
 def run(monitor, order, clip=GLOBAL, per_group=False):
