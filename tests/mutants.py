@@ -652,7 +652,7 @@ SEEING = [
     ),
     Mutant(
         "norms that stand still while gradients are accumulated are called frozen",
-        "_monitor/miswired.py",
+        "_monitor/wiring.py",
         "STEPS = 100",
         "STEPS = 10",
         ("monitor", "no_op_clip"),

@@ -27,10 +27,10 @@ from .conditions import (
     NormGrowing,
 )
 from .fetch import Fetch
-from .miswired import BehindOptimizer, Frozen, NotReduced
 from .page import page
 from .plots import draw_histogram, draw_leaves, draw_norms
 from .suggest import Fired, Suggestion, check_candidates, fired_at, suggest_max_norm
+from .wiring import BehindOptimizer, Frozen, NotReduced
 
 LATE = 8
 """Records that may wait for the device; a further one waits for the oldest of them."""
