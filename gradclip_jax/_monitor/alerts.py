@@ -3,10 +3,10 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import numpy as np
+from .rows import Row
 
 LEAST_SEEN = 20
 """Steps that must have been seen before a rate, a share or a spread is believed."""
@@ -42,45 +42,6 @@ class Alert:
         return f"{self.message} {self.advice}"
 
 
-class Row(NamedTuple):
-    """One record on the host. What was not given is NaN, or empty."""
-
-    steps: Sequence[int]
-    """Those of the window, or a single one."""
-    norms: Sequence[float]
-    losses: Sequence[float]
-    clip_limit: float
-    clip_factor: float
-    clipped: float
-    clip_count: float
-    step_count: float
-    nonfinite: float
-    """Updates that were not finite since the record before, seen or counted."""
-    nonfinite_loss: int
-    leaves: Mapping[str, float]
-    values: Mapping[str, np.ndarray]
-    """All that was given, a vector over the steps each."""
-
-    @property
-    def first(self) -> int:
-        """First step of the window."""
-        return self.steps[0]
-
-    @property
-    def step(self) -> int:
-        """Last step of the window."""
-        return self.steps[-1]
-
-    @property
-    def seen(self) -> int:
-        """Number of steps in the window."""
-        return len(self.steps)
-
-    def over_steps(self, values: Sequence[float]) -> Iterator[tuple[int, float]]:
-        """Steps and values; of a single value in a window the last step."""
-        return zip(self.steps[-len(values) :], values, strict=True) if len(values) else iter(())
-
-
 class Seen(NamedTuple):
     """A condition that holds."""
 
@@ -101,12 +62,12 @@ class Recent:
         rows = self.rows
         rows.append(row)
         self._count(row, 1)
-        while len(rows) > 1 and self._is_full(rows[1].first, self._seen - rows[0].seen):
+        while len(rows) > 1 and self._is_full(rows[1].first, self._seen - rows[0].size):
             self._count(rows.popleft(), -1)
 
     def _count(self, row: Row, sign: int) -> None:
-        self._seen += sign * row.seen
-        self._clipped += sign * row.seen * (0.0 if math.isnan(row.clipped) else row.clipped)
+        self._seen += sign * row.size
+        self._clipped += sign * row.size * (0.0 if math.isnan(row.clipped) else row.clipped)
 
     def _is_full(self, first: int, seen: int) -> bool:
         return first <= self.rows[-1].step - self.window + 1 and seen >= LEAST_SEEN
@@ -125,7 +86,7 @@ class Recent:
     def clipped_lately(self) -> float:
         """The same over the second half of the window."""
         half = [row for row in self.rows if row.step > self.rows[-1].step - self.window // 2]
-        return sum(row.clipped * row.seen for row in half) / sum(row.seen for row in half)
+        return sum(row.clipped * row.size for row in half) / sum(row.size for row in half)
 
     def increase_of(self, count: str) -> float:
         """By how much a counter rose after the first step; NaN where it was not given."""

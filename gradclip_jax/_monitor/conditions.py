@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .alerts import LEAST_SEEN, Recent, Row, Seen
+from .alerts import LEAST_SEEN, Recent, Seen
+from .rows import Row
 
 MOST_KNOWN = 1024
 """Norms that the fit of their growth looks back on."""
@@ -100,10 +101,10 @@ class LimitInert:
             return None
         if self._first is None:
             self._first, self._seen, self._largest = row, 0, 0.0
-        self._seen += row.seen
+        self._seen += row.size
         self._largest = max(self._largest, *(x for x in row.norms if math.isfinite(x)), 0.0)
         counted = row.step_count - self._first.step_count
-        updates = int(self._seen if math.isnan(counted) else counted + self._first.seen)
+        updates = int(self._seen if math.isnan(counted) else counted + self._first.size)
         is_far = self.window <= updates and row.clip_limit > self.FAR * self._largest > 0
         if self._seen < LEAST_SEEN or not (is_far or updates >= self.UPDATES):
             return None

@@ -2,21 +2,18 @@
 
 import collections
 import inspect
-import itertools
 import math
 import os
 import threading
 import warnings
-from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from .._checks import check_number, check_whole_number
-from .alerts import Alert, ClipWarning, Episodes, Row
+from .alerts import Alert, ClipWarning, Episodes
 from .conditions import (
     Diverged,
     DominatingLeaf,
@@ -27,24 +24,18 @@ from .conditions import (
     NormGrowing,
 )
 from .fetch import Fetch
-from .page import page
+from .history import History
+from .page import run_page
 from .plots import draw_histogram, draw_leaves, draw_norms
+from .record import fetch_record
+from .rows import new_row
 from .suggest import Fired, Suggestion, check_candidates, fired_at, suggest_max_norm
+from .summary import step_reached, summarize
 from .wiring import BehindOptimizer, Frozen, NotReduced
 
 LATE = 8
 """Records that may wait for the device; a further one waits for the oldest of them."""
 PACKAGE = os.path.dirname(os.path.dirname(__file__))
-COLUMNS = (
-    "grad_norm_min", "grad_norm", "grad_norm_max", "clip_limit", "clip_factor", "clipped",
-    "clip_rate", "nonfinite", "loss_min", "loss", "loss_max", "nonfinite_loss",
-)  # fmt: skip
-
-KNOWN = (
-    "grad_norm", "clip_limit", "clip_factor", "clipped", "clip_count", "nonfinite_count",
-    "step_count", "loss", "update_norm",
-)  # fmt: skip
-"""What the history is made of."""
 
 Writer = Callable[[int, dict[str, float]], Any]
 """`(step, row)`; the row has the columns of the history and whatever else was recorded."""
@@ -125,13 +116,7 @@ class Monitor:
         # Held by who takes records in or reads them; a callback may read, so that it is reentrant.
         self._lock = threading.RLock()
         self._queue: collections.deque[Fetch] = collections.deque()
-        self._kept = 0, 0
-        self._last: Row | None = None
-        self._clipped, self._seen = 0.0, 0
-        self._steps = array("q")
-        self._columns = {name: array("d") for name in COLUMNS}
-        self._norm_steps, self._norms = array("q"), array("d")
-        self._leaves: dict[str, array] = {}
+        self._history = History()
         self._alerts: list[Alert] = []
         self._spikes = LossSpike(self._window)
         self._episodes = Episodes(
@@ -177,24 +162,8 @@ class Monitor:
             that the monitor knows while there are no writers; for traced values, for vectors of
             different lengths, and for a step that is not above the one before.
         """
-        _check_record(step, metrics)
-        given = {key: value for key, value in metrics.items() if value is not None}
-        extra = {"loss": loss, "update_norm": update_norm, "step": step}
-        given |= {key: value for key, value in extra.items() if value is not None}
-        if metrics and not self._writers and not any(map(_is_known, given)):
-            raise ValueError(
-                f"`metrics` must have a number that the monitor knows ({', '.join(KNOWN)}), got "
-                f"only {', '.join(metrics)}: rename it, or add `writers`, which get all numbers."
-            )
-        for key, value in given.items():
-            _check_number(key, value)
-        fetch = Fetch(given)
-        for key, value in given.items():
-            if np.size(value) not in (1, fetch.size):
-                raise ValueError(
-                    f"`{key}` must be a scalar or have {fetch.size} values, as others in this "
-                    f"window, got {np.size(value)}."
-                )
+        has_writers = bool(self._writers)
+        fetch = fetch_record(step, metrics, loss, update_norm, has_writers=has_writers)
         self._queue.append(fetch)
         # Another thread that waits for the device, to read, takes this one in later.
         if not self._lock.acquire(blocking=len(self._queue) > LATE):
@@ -242,17 +211,14 @@ class Monitor:
         """
         with self._lock:
             self.flush()
-            columns = {"step": self._steps, **self._columns}
-            return {name: self._copy(column) for name, column in columns.items()}
+            return self._history.columns()
 
     @property
     def norms(self) -> dict[str, np.ndarray]:
         """Every norm seen, those within windows too: `step` (int64) and `grad_norm` (float64)."""
         with self._lock:
             self.flush()
-            count = self._kept[1]
-            steps, norms = (np.array(x)[:count] for x in (self._norm_steps, self._norms))
-            return {"step": steps, "grad_norm": norms}
+            return self._history.norms()
 
     @property
     def leaf_norms(self) -> dict[str, np.ndarray]:
@@ -262,7 +228,7 @@ class Monitor:
         """
         with self._lock:
             self.flush()
-            return {path: self._copy(column) for path, column in self._leaves.items()}
+            return self._history.leaf_norms()
 
     @property
     def alerts(self) -> list[Alert]:
@@ -285,14 +251,7 @@ class Monitor:
         (11, None)
         """
         check_whole_number("records", records)
-        history = self.history
-        given = ~np.isnan(history["loss"])
-        losses, steps = history["loss"][given], history["step"][given]
-        if len(losses) < records:
-            return None
-        windows = np.lib.stride_tricks.sliding_window_view(losses, records)
-        reached = np.flatnonzero(np.median(windows, axis=1) <= loss)
-        return int(steps[reached[0] + records - 1]) if reached.size else None
+        return step_reached(self.history, loss, records)
 
     def summary(self) -> dict[str, Any]:
         """The run in a few numbers, ready for `json.dumps`; None where nothing was given.
@@ -308,25 +267,9 @@ class Monitor:
         | `loss_spikes` | how often the loss jumped |
         | `alerts` | how many alerts of each kind |
         """
-        with self._lock:
-            history, norms = self.history, self.norms["grad_norm"]
-            kinds = collections.Counter(alert.kind for alert in self._alerts)
-            spikes = self._spikes.count
-        return {
-            "step": int(history["step"][-1]) if len(history["step"]) else None,
-            "records": len(history["step"]),
-            "grad_norm": _of(np.median, norms),
-            "grad_norm_max": _of(np.max, norms),
-            "clip_limit": _last(history["clip_limit"]),
-            "clip_rate": _last(history["clip_rate"]),
-            "clip_factor": _of(np.min, history["clip_factor"]),
-            "nonfinite": int(np.nansum(history["nonfinite"])),
-            "nonfinite_loss": int(np.nansum(history["nonfinite_loss"])),
-            "loss": _last(history["loss"]),
-            "best_loss": _of(np.min, history["loss_min"]),
-            "loss_spikes": spikes,
-            "alerts": dict(kinds),
-        }
+        with self._lock:  # all of one moment
+            history, norms, alerts = self.history, self.norms["grad_norm"], self.alerts
+            return summarize(history, norms, alerts, self._spikes.count)
 
     def suggest(
         self, *, rate: float = 0.05, candidates: Sequence[float] | None = None
@@ -394,17 +337,7 @@ class Monitor:
         with self._lock:  # all of one moment
             history, norms = self._recorded(), self.norms["grad_norm"]
             leaf_norms, summary, alerts = self.leaf_norms, self.summary(), self.alerts
-        advice = suggest_max_norm(norms) if np.isfinite(norms).any() else None
-        shown = (
-            () if advice is None else dict.fromkeys([advice.max_norm, *_positive_limits(history)])
-        )
-        figures = {
-            "Norm and limit": draw_norms(history),
-            "Distribution of the norms": draw_histogram(norms, sorted(set(shown))),
-        }
-        if leaf_norms:
-            figures["Leaf by leaf"] = draw_leaves(history["step"], leaf_norms)
-        text = page(summary, alerts, figures, str(advice or ""))
+        text = run_page(history, norms, leaf_norms, summary, alerts)
         Path(path).write_text(text, encoding="utf-8")
 
     def _recorded(self) -> dict[str, np.ndarray]:
@@ -414,11 +347,10 @@ class Monitor:
         return history
 
     def _digest(self, fetch: Fetch) -> None:
-        values = fetch.read()
-        steps = self._numbered(values.pop("step"), fetch.size)
         with np.errstate(all="ignore"):  # what is not finite is what this is about
-            row, numbers = self._row(steps, values)
-            self._keep(row, numbers)
+            row = new_row(fetch.read(), fetch.size, self._history.last)
+            numbers = row.numbers()
+            self._history.append(row, numbers)
             new = self._episodes.add(row)
         self._alerts += new
         for writer in self._writers:
@@ -426,170 +358,12 @@ class Monitor:
         for alert in new:
             self._on_alert(alert)
 
-    def _numbered(self, given: np.ndarray, size: int) -> list[int]:
-        """The steps of a window, of which the last alone may be given."""
-        for step in given.tolist():
-            if not -(2.0**63) <= step < 2.0**63:  # not for NaN either
-                raise ValueError(f"`step` must be a number below 2**63, got {step:.20g}.")
-        steps = [int(step) for step in given]
-        if len(steps) < size:
-            steps = list(range(steps[-1] - size + 1, steps[-1] + 1))
-        # Steps that are made up here are no mistake of the caller's.
-        known = steps if len(given) == size else steps[-1:]
-        known = [self._last.step, *known] if self._last else known
-        for earlier, later in itertools.pairwise(known):
-            if later <= earlier:
-                raise ValueError(
-                    f"`step` must rise from record to record, got {later} after {earlier}: a new "
-                    "run needs a new `Monitor`."
-                )
-        return steps
-
-    def _row(self, steps: list[int], values: dict[str, np.ndarray]) -> tuple[Row, dict[str, float]]:
-        """A record as the conditions see it, and as history and writers do."""
-        norms, losses = (values.get(key, NONE).tolist() for key in ("grad_norm", "loss"))
-        leaves = {
-            key.partition("/")[2]: _largest(value.tolist())
-            for key, value in values.items()
-            if key.startswith("grad_norm/")
-        }
-        clipped = values.get("clipped")
-        if clipped is None and "clip_limit" in values:
-            clipped = values["clip_limit"] < values.get("grad_norm", np.full(1, math.nan))
-        row = Row(
-            steps=steps,
-            norms=norms,
-            losses=losses,
-            clip_limit=_end(values, "clip_limit"),
-            clip_factor=min(values.get("clip_factor", NAN).tolist()),
-            clipped=math.nan if clipped is None else float(np.mean(clipped)),
-            clip_count=_end(values, "clip_count"),
-            step_count=_end(values, "step_count"),
-            nonfinite=self._nonfinite(norms, values.get("nonfinite_count")),
-            nonfinite_loss=sum(not math.isfinite(loss) for loss in losses),
-            leaves=leaves,
-            values=values,
-        )
-        numbers = {key: float(value[-1]) for key, value in values.items()}
-        numbers |= {f"grad_norm/{path}": norm for path, norm in leaves.items()}
-        columns = (
-            *_spread(norms), row.clip_limit, row.clip_factor, row.clipped, self._rate(row),
-            row.nonfinite, *_spread(losses), float(row.nonfinite_loss) if losses else math.nan,
-        )  # fmt: skip
-        return row, numbers | dict(zip(COLUMNS, columns, strict=True))
-
-    def _nonfinite(self, norms: list[float], count: np.ndarray | None) -> float:
-        """Updates since the last record that were not finite: those seen, or as many as counted."""
-        seen = sum(not math.isfinite(norm) for norm in norms)
-        if count is None:
-            return float(seen) if norms else math.nan
-        # The first count of a run that goes on from a checkpoint is an old one.
-        before = self._last.values.get("nonfinite_count", count) if self._last else count[:1]
-        return max(float(seen), float(count[-1] - before[-1]))
-
-    def _rate(self, row: Row) -> float:
-        """Clipped updates so far, as a share of all."""
-        if not math.isnan(row.clipped):
-            self._clipped += row.clipped * row.seen
-            self._seen += row.seen
-        if row.step_count > 0 and not math.isnan(row.clip_count):
-            return row.clip_count / row.step_count
-        return self._clipped / self._seen if self._seen else math.nan
-
-    def _keep(self, row: Row, numbers: dict[str, float]) -> None:
-        """Append a row to the history, whole or not at all."""
-        # Ctrl-C may have broken in on the last one.
-        rows, norms = self._kept
-        for column in (self._steps, *self._columns.values(), *self._leaves.values()):
-            del column[rows:]
-        del self._norm_steps[norms:], self._norms[norms:]
-        for path in row.leaves:
-            if path not in self._leaves:
-                self._leaves[path] = array("d", [math.nan]) * rows
-        for path, column in self._leaves.items():
-            column.append(row.leaves.get(path, math.nan))
-        for name, column in self._columns.items():
-            column.append(numbers[name])
-        self._steps.append(row.step)
-        self._norm_steps.extend(row.steps[-len(row.norms) :] if row.norms else ())
-        self._norms.extend(row.norms)
-        self._kept = len(self._steps), len(self._norms)
-        self._last = row
-
-    def _copy(self, column: array) -> np.ndarray:
-        return np.array(column)[: self._kept[0]]
-
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:  # a lock itself cannot be copied
             return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
-
-
-def _check_record(step: Any, metrics: Any) -> None:
-    if isinstance(metrics, Mapping) and step is not None and not isinstance(step, Mapping):
-        return
-    if step is None or isinstance(step, Mapping):
-        raise ValueError(
-            "`step` must be the number of the step and come first, `record(step, metrics)`, "
-            f"got {step!r}."
-        )
-    raise ValueError(
-        "`metrics` must be a dict of numbers, as from `gradclip_jax.metrics(opt_state)`, "
-        f"got {type(metrics).__name__}: call `record(step, gradclip_jax.metrics(opt_state))`."
-    )
-
-
-def _check_number(key: str, value: Any) -> None:
-    if isinstance(value, jax.Array):
-        return
-    try:
-        np.asarray(value, np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"`{key}` must be a number or numbers, got {value!r}.") from error
-
-
-def _is_known(key: str) -> bool:
-    return key.partition("/")[0] in KNOWN
-
-
-NONE, NAN = np.zeros(0), np.full(1, math.nan)
-
-
-def _end(values: Mapping[str, np.ndarray], key: str) -> float:
-    """The value of the last step, NaN where there is none."""
-    return float(values[key][-1]) if key in values else math.nan
-
-
-def _spread(values: list[float]) -> tuple[float, float, float]:
-    """Smallest, median and largest of the finite ones, NaN where there is none."""
-    finite = sorted(x for x in values if math.isfinite(x))
-    if not finite:
-        return math.nan, math.nan, math.nan
-    half = len(finite) // 2
-    median = finite[half] if len(finite) % 2 else 0.5 * (finite[half - 1] + finite[half])
-    return finite[0], median, finite[-1]
-
-
-def _largest(norms: list[float]) -> float:
-    return max(x if math.isfinite(x) else math.inf for x in norms)
-
-
-def _of(function: Callable[[np.ndarray], Any], values: np.ndarray) -> float | None:
-    finite = values[np.isfinite(values)]
-    return float(function(finite)) if finite.size else None
-
-
-def _last(column: np.ndarray) -> float | None:
-    given = column[~np.isnan(column)]
-    return float(given[-1]) if given.size else None
-
-
-def _positive_limits(history: Mapping[str, np.ndarray]) -> list[float]:
-    """The limit of the last step, where there is a finite one."""
-    limit = _last(history["clip_limit"])
-    return [limit] if limit is not None and 0 < limit < math.inf else []
 
 
 def _saved(figure: Any, path: str | os.PathLike[str] | None) -> Any:

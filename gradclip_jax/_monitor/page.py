@@ -2,8 +2,16 @@
 
 import html
 import io
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+import numpy as np
+
+from .alerts import Alert
+from .plots import draw_histogram, draw_leaves, draw_norms
+from .suggest import suggest_max_norm
+from .summary import last_given
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em;
@@ -18,13 +26,28 @@ pre { overflow-x: auto; background: #f6f6f6; padding: 1em }
 """
 
 
-def page(
+def run_page(
+    history: Mapping[str, np.ndarray],
+    norms: np.ndarray,
+    leaf_norms: Mapping[str, np.ndarray],
     summary: Mapping[str, Any],
-    alerts: Iterable[Any],
-    figures: Mapping[str, Any],
-    advice: str,
+    alerts: Iterable[Alert],
 ) -> str:
     """HTML with everything inside: no script, no font and no picture is fetched."""
+    advice = suggest_max_norm(norms) if np.isfinite(norms).any() else None
+    limits = set[float]() if advice is None else {advice.max_norm, *_positive_limits(history)}
+    figures = {
+        "Norm and limit": draw_norms(history),
+        "Distribution of the norms": draw_histogram(norms, sorted(limits)),
+    }
+    if leaf_norms:
+        figures["Leaf by leaf"] = draw_leaves(history["step"], leaf_norms)
+    return _page(summary, alerts, figures, str(advice or ""))
+
+
+def _page(
+    summary: Mapping[str, Any], alerts: Iterable[Alert], figures: Mapping[str, Any], advice: str
+) -> str:
     raised = list(alerts)
     parts = ["<h1>Gradient clipping</h1>", _table(summary), "<h2>Alerts</h2>"]
     parts += [_alert(alert) for alert in raised] or ['<p class="calm">None.</p>']
@@ -51,7 +74,7 @@ def _table(summary: Mapping[str, Any]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def _alert(alert: Any) -> str:
+def _alert(alert: Alert) -> str:
     since = f", since {alert.since}" if alert.since != alert.step else ""
     return (
         f'<div class="alert"><strong>{html.escape(alert.kind)}</strong> at step {alert.step}'
@@ -66,3 +89,9 @@ def _svg(figure: Any, title: str) -> str:
     drawing = text.getvalue()
     drawing = drawing[drawing.index("<svg") :]
     return drawing.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
+
+
+def _positive_limits(history: Mapping[str, np.ndarray]) -> list[float]:
+    """The limit of the last step, where there is a finite one."""
+    limit = last_given(history["clip_limit"])
+    return [limit] if limit is not None and 0 < limit < math.inf else []

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .alerts import Recent, Row, Seen
+from .alerts import Recent, Seen
+from .rows import Row
 
 
 class Frozen:
@@ -59,8 +60,8 @@ class Frozen:
         if self._norm is not None and self._same(min(low, self._norm[0]), max(high, self._norm[1])):
             low, high = min(low, self._norm[0]), max(high, self._norm[1])
             since, records = self._norm[2:]
-        self._norm = (low, high, since, records + row.seen)
-        is_long = self._long(row, since, records + row.seen)
+        self._norm = (low, high, since, records + row.size)
+        is_long = self._long(row, since, records + row.size)
         return (since, high) if is_long and self._same(low, high) else None
 
     def _same(self, low: float, high: float) -> bool:
@@ -100,7 +101,7 @@ class BehindOptimizer:
             return None
         if not self._seen:
             self._since = row.first
-        self._seen += row.seen
+        self._seen += row.size
         if self._seen < self.RECORDS:
             return None
         norm, update = (float(values[key][-1]) for key in ("grad_norm", "update_norm"))

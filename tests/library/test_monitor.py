@@ -20,9 +20,9 @@ from shared.model import LanguageModel
 
 import gradclip_jax
 from gradclip_jax import ClipWarning, Monitor, metrics, suggest_max_norm
-from gradclip_jax._monitor import monitor as monitor_module
 from gradclip_jax._monitor.conditions import theil_sen
 from gradclip_jax._monitor.fetch import Fetch
+from gradclip_jax._monitor.rows import COLUMNS
 
 
 def clipped_run(norms, limit):
@@ -275,10 +275,10 @@ def test_ctrl_c_within_a_record_leaves_columns_of_one_length():
 
     monitor = Monitor()
     monitor.record(0, {"grad_norm": 3.0, "grad_norm/w": 3.0})
-    monitor._columns["clipped"] = Interrupted("d", monitor._columns["clipped"])
+    monitor._history._columns["clipped"] = Interrupted("d", monitor._history._columns["clipped"])
     with pytest.raises(KeyboardInterrupt):
         monitor.record(1, {"grad_norm": 4.0, "grad_norm/w": 4.0, "grad_norm/b": 4.0})
-    monitor._columns["clipped"] = array("d", monitor._columns["clipped"])
+    monitor._history._columns["clipped"] = array("d", monitor._history._columns["clipped"])
     assert {len(column) for column in monitor.history.values()} == {1}
     monitor.record(2, {"grad_norm": 5.0, "grad_norm/w": 5.0})
     assert {len(column) for column in monitor.history.values()} == {2}
@@ -753,7 +753,7 @@ def test_the_docstring_names_every_kind_of_alert():
     for kind in Monitor()._episodes.conditions:
         assert f"| `{kind}` |" in (Monitor.__doc__ or "")
         assert f"`{kind}`" in (gradclip_jax.Alert.__doc__ or "")
-    for column in monitor_module.COLUMNS:
+    for column in COLUMNS:
         assert f"`{column}`" in (Monitor.history.__doc__ or "")
 
 
