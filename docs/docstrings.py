@@ -6,6 +6,7 @@ Markdown, equations between `$$`, tables with `|`. Sphinx reads reStructuredText
 
 import re
 import textwrap
+from types import ModuleType
 from typing import Any
 
 from docutils import nodes
@@ -129,9 +130,13 @@ class LinkPublicNames(SphinxPostTransform):
 def is_public(name: str) -> bool:
     """Whether the reference has an entry of that name."""
     owner, _, member = name.partition(".")
-    if owner.startswith("_") or not hasattr(gradclip_jax, owner):
+    if name.startswith("_") or not hasattr(gradclip_jax, owner):
         return False
-    return not member or (owner == "Monitor" and hasattr(gradclip_jax.Monitor, member))
+    value = getattr(gradclip_jax, owner)
+    is_module = isinstance(value, ModuleType)
+    if not member:
+        return not is_module
+    return (is_module or owner == "Monitor") and hasattr(value, member)
 
 
 def inside(node: nodes.Node) -> bool:

@@ -2,7 +2,7 @@
 
 import importlib.metadata as _metadata
 
-from . import balls as balls, limits as limits, responses as responses
+from . import monitor as monitor
 from ._backward import clip_cotangent as clip_cotangent
 from ._clip import clip_norms as clip_norms, clip_to_limit as clip_to_limit
 from ._given import given_norm as given_norm
@@ -22,16 +22,7 @@ from ._interop import (
 )
 from ._limits import Limit as Limit, Limits as Limits, each as each
 from ._metrics import metrics as metrics
-from ._monitor import (
-    Alert as Alert,
-    ClipWarning as ClipWarning,
-    Monitor as Monitor,
-    Suggestion as Suggestion,
-    suggest_max_norm as suggest_max_norm,
-    to_csv as to_csv,
-    to_json_lines as to_json_lines,
-    to_tensorboard as to_tensorboard,
-)
+from ._monitor import Monitor as Monitor, suggest_max_norm as suggest_max_norm
 from ._norms import (
     global_norm as global_norm,
     group_norms as group_norms,

@@ -38,7 +38,7 @@ LATE = 8
 PACKAGE = os.path.dirname(os.path.dirname(__file__))
 
 Writer = Callable[[int, dict[str, float]], Any]
-"""`(step, row)`; the row has the columns of the history and whatever else was recorded."""
+"""`(step, row)`: the row has the columns of the history and whatever else was recorded."""
 
 
 class Monitor:
@@ -74,8 +74,8 @@ class Monitor:
     Args:
       max_rate: Clip rate above which the limit is too low, in (0, 1]; 1 never tells, as is right
         for what clips most steps by design (`autoclip`, `normalize_by_norm`).
-      on_alert: Called with each `Alert`; None warns with a `ClipWarning`. What it raises comes
-        out of `record` (or of what reads the history), when all is noted.
+      on_alert: Called with each `monitor.Alert`; None warns with a `monitor.ClipWarning`. What it
+        raises comes out of `record` (or of what reads the history), when all is noted.
       writers: Callables `(step, row)`, called once for each record, in order. The row is a dict
         of floats: the columns of `history` and whatever else was in the metrics.
       window: Steps over which rates are judged, at least 20.

@@ -26,7 +26,7 @@ def to_tensorboard(directory: str | os.PathLike[str]) -> Writer:
 
     >>> import gradclip_jax, tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
-    ...     monitor = gradclip_jax.Monitor(writers=[gradclip_jax.to_tensorboard(directory)])
+    ...     monitor = gradclip_jax.Monitor(writers=[gradclip_jax.monitor.to_tensorboard(directory)])
     ...     monitor.record(0, {"grad_norm": 1.0})
     """
     try:
@@ -59,7 +59,7 @@ def to_csv(path: str | os.PathLike[str]) -> Writer:
     >>> import gradclip_jax, pathlib, tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
     ...     path = pathlib.Path(directory, "norms.csv")
-    ...     monitor = gradclip_jax.Monitor(writers=[gradclip_jax.to_csv(path)])
+    ...     monitor = gradclip_jax.Monitor(writers=[gradclip_jax.monitor.to_csv(path)])
     ...     monitor.record(7, {"grad_norm": 1.5})
     ...     header, row = path.read_text().splitlines()
     >>> print(header.split(",")[:3], row.split(",")[:3])
@@ -102,7 +102,7 @@ def to_json_lines(path: str | os.PathLike[str]) -> Writer:
     >>> import gradclip_jax, json, pathlib, tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
     ...     path = pathlib.Path(directory, "norms.jsonl")
-    ...     monitor = gradclip_jax.Monitor(writers=[gradclip_jax.to_json_lines(path)])
+    ...     monitor = gradclip_jax.Monitor(writers=[gradclip_jax.monitor.to_json_lines(path)])
     ...     monitor.record(7, {"grad_norm": 1.5})
     ...     row = json.loads(path.read_text())
     >>> row["step"], row["grad_norm"], row["loss"]

@@ -23,7 +23,7 @@ LAYERS = [
     {"_guards", "_backward", "_per_example", "_strategies"},
     {"_metrics", "_upgrade"},
     {"_monitor", "_interop"},
-    {"balls", "limits", "responses"},
+    {"monitor"},
     {"__init__"},
 ]
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
@@ -41,8 +41,9 @@ def imports(file: Path) -> tuple[set[str], set[str]]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             up = len(file.relative_to(PACKAGE).parts) - node.level
-            path = [*file.relative_to(PACKAGE).parts[:up], *(node.module or "").split(".")]
-            inside |= {path[0]} if path[0] else {alias.name for alias in node.names}
+            above = file.relative_to(PACKAGE).parts[:up]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            inside |= {[*above, *name.split(".")][0] for name in names}
         elif isinstance(node, ast.ImportFrom):
             outside.add((node.module or "").split(".")[0])
         elif isinstance(node, ast.Import):

@@ -19,10 +19,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from shared.model import LanguageModel
 
 import gradclip_jax
-from gradclip_jax import ClipWarning, Monitor, metrics, suggest_max_norm
+from gradclip_jax import Monitor, metrics, suggest_max_norm
 from gradclip_jax._monitor.conditions import theil_sen
 from gradclip_jax._monitor.fetch import Fetch
 from gradclip_jax._monitor.rows import COLUMNS
+from gradclip_jax.monitor import Alert, ClipWarning
 
 
 def clipped_run(norms, limit):
@@ -752,7 +753,7 @@ def test_a_sweep_says_when_other_limits_would_have_acted():
 def test_the_docstring_names_every_kind_of_alert():
     for kind in Monitor()._episodes.conditions:
         assert f"| `{kind}` |" in (Monitor.__doc__ or "")
-        assert f"`{kind}`" in (gradclip_jax.Alert.__doc__ or "")
+        assert f"`{kind}`" in (Alert.__doc__ or "")
     for column in COLUMNS:
         assert f"`{column}`" in (Monitor.history.__doc__ or "")
 

@@ -113,9 +113,9 @@ def test_rows_go_to_tensorboard_csv_and_json_lines(tmp_path):
     pytest.importorskip("tensorboardX", reason="needs the extra tensorboard")
     events: list[tuple[int, float]] = []
     writers = [
-        gradclip_jax.to_tensorboard(tmp_path / "board"),
-        gradclip_jax.to_csv(tmp_path / "rows.csv"),
-        gradclip_jax.to_json_lines(tmp_path / "rows.jsonl"),
+        gradclip_jax.monitor.to_tensorboard(tmp_path / "board"),
+        gradclip_jax.monitor.to_csv(tmp_path / "rows.csv"),
+        gradclip_jax.monitor.to_json_lines(tmp_path / "rows.jsonl"),
         lambda step, row: events.append((step, row["grad_norm"])),
     ]
     seen = gradclip_jax.Monitor(writers=writers)
@@ -155,7 +155,7 @@ def scalars(records: bytes) -> list[tuple[str, float]]:
 
 def test_a_csv_file_of_another_run_is_refused(tmp_path):
     (tmp_path / "rows.csv").write_text("step,something\n")
-    seen = gradclip_jax.Monitor(writers=[gradclip_jax.to_csv(tmp_path / "rows.csv")])
+    seen = gradclip_jax.Monitor(writers=[gradclip_jax.monitor.to_csv(tmp_path / "rows.csv")])
     with pytest.raises(ValueError, match="with step,something"):
         seen.record(0, {"grad_norm": 1.0})
 
@@ -164,7 +164,7 @@ def test_a_csv_file_of_another_run_is_refused(tmp_path):
 def test_a_csv_file_with_any_column_is_read_back_and_continued(name, tmp_path):
     path = tmp_path / "rows.csv"
     for step in range(2):  # the second time by another writer, as after a restart
-        gradclip_jax.to_csv(path)(step, {"grad_norm": 1.5, name: 2.0 + step})
+        gradclip_jax.monitor.to_csv(path)(step, {"grad_norm": 1.5, name: 2.0 + step})
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row[name]) for row in rows] == [2, 3]
@@ -175,7 +175,7 @@ def test_a_csv_file_with_any_column_is_read_back_and_continued(name, tmp_path):
 def test_a_column_is_no_formula_in_a_spreadsheet(name, tmp_path):
     path = tmp_path / "rows.csv"
     for step in range(2):
-        gradclip_jax.to_csv(path)(step, {name: -2.0})
+        gradclip_jax.monitor.to_csv(path)(step, {name: -2.0})
     with path.open(encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["step", "'" + name]
@@ -186,7 +186,7 @@ def test_a_column_is_no_formula_in_a_spreadsheet(name, tmp_path):
     ("package", "use"),
     [
         ("matplotlib.figure", lambda seen: seen.plot()),
-        ("tensorboardX", lambda seen: gradclip_jax.to_tensorboard("board")),
+        ("tensorboardX", lambda seen: gradclip_jax.monitor.to_tensorboard("board")),
     ],
 )
 def test_a_missing_extra_is_named(monkeypatch, package, use):

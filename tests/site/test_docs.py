@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -19,12 +20,15 @@ import gradclip_jax
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PUBLIC = [
-    name
+MODULES = {
+    name: value
     for name, value in vars(gradclip_jax).items()
-    if not name.startswith("_") and not hasattr(value, "__path__")
+    if not name.startswith("_") and isinstance(value, ModuleType)
+}
+PUBLIC = [
+    *(name for name in vars(gradclip_jax) if not name.startswith("_") and name not in MODULES),
+    *(f"{module}.{name}" for module in MODULES for name in vars(MODULES[module]) if name[0] != "_"),
 ]
-
 
 LOADS = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src"}
 
