@@ -102,7 +102,7 @@ def cases_of(
             count += every
             if monitor is not None:
                 numbers = seen if watch else gradclip_jax.metrics(own[1])
-                monitor.record(count, numbers, seen["loss"])
+                monitor.record(count, numbers, loss=seen["loss"])
             return own
 
         return run
@@ -131,7 +131,7 @@ def host_times(program: Any, arguments: list[Any]) -> dict[str, list[float]]:
         start = time.perf_counter()
         gradclip_jax.metrics(state)
         between = time.perf_counter()
-        monitor.record(number, numbers, loss)
+        monitor.record(number, numbers, loss=loss)
         end = time.perf_counter()
         if number:  # the first one compiles
             for name, length in zip(

@@ -139,10 +139,13 @@ class Monitor:
         self,
         step: Any,
         metrics: Mapping[str, Any],
+        *,
         loss: Any = None,
         update_norm: Any = None,
     ) -> None:
         """Take in what a step, or a window of steps, has measured; waits for nothing.
+
+        Step and metrics may be positional, as a writer's step and row; the others are keywords.
 
         Args:
           step: Number of the step, or of the last step of a window; or the numbers of all steps
@@ -307,7 +310,7 @@ class Monitor:
         return _saved(draw_norms(self._recorded()), path)
 
     def plot_histogram(
-        self, path: str | os.PathLike[str] | None = None, candidates: Sequence[float] = ()
+        self, path: str | os.PathLike[str] | None = None, *, candidates: Sequence[float] = ()
     ) -> Any:
         """How often which norm was seen, and what each of the candidates would clip."""
         self._recorded()

@@ -113,7 +113,7 @@ def suggest_max_norm(
       candidates: Limits of which the clip rate is wanted; None for percentiles of the norms.
 
     Returns:
-      A `monitor.Suggestion`; `print` shows it with limits that are usual for some families of models,
+      A `monitor.Suggestion`; `print` shows it with limits usual for some families of models,
       their sources, and how often they would have fired.
 
     Raises:

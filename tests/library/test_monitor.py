@@ -51,7 +51,8 @@ def alerts_of(numbers, losses=None, every=1, window=1, **options):
     for i in range(0, steps, max(every, window)):
         part = slice(i, i + window)
         loss = None if losses is None else losses[part]
-        watch.record(min(i + window, steps) - 1, {k: v[part] for k, v in numbers.items()}, loss)
+        seen = {key: value[part] for key, value in numbers.items()}
+        watch.record(min(i + window, steps) - 1, seen, loss=loss)
     watch.flush()
     return alerts
 
@@ -185,7 +186,7 @@ def test_the_summary_tells_the_run():
     monitor = Monitor(on_alert=alerts.append)
     numbers = clipped_run(norms, 1.5)
     for step in range(300):
-        monitor.record(step, {k: v[step] for k, v in numbers.items()}, losses[step])
+        monitor.record(step, {k: v[step] for k, v in numbers.items()}, loss=losses[step])
     summary = monitor.summary()
     assert summary["loss_spikes"] == 2
     assert summary["alerts"] == {"loss_spike": 1, "nonfinite": 1}
@@ -342,7 +343,7 @@ def test_values_may_be_replicated_or_lie_on_several_devices(mesh):
     numbers = {"grad_norm": replicated, "clip_limit": np.float32(1)}
     for step, kind in enumerate((AxisType.Auto, AxisType.Explicit)):
         with jax.set_mesh(make_mesh(kind, data=8)):
-            monitor.record(jnp.int32(step), numbers, elsewhere)
+            monitor.record(jnp.int32(step), numbers, loss=elsewhere)
     assert monitor.history["grad_norm"].tolist() == [3, 3]
     assert monitor.history["loss"].tolist() == [2, 2]
 
@@ -403,7 +404,7 @@ STATE = gradclip_jax.clip_by_global_norm(1.0).init(jnp.ones(2))
             (1, {"grad_norm": {"w": 1.0}}),
             "^`grad_norm` must be a number or numbers, got {'w': 1.0}",
         ),
-        ((1, {}, "loss"), "^`loss` must be a number or numbers, got 'loss'"),
+        ((1, {"loss": "loss"}), "^`loss` must be a number or numbers, got 'loss'"),
     ],
 )
 def test_what_cannot_be_recorded_raises_and_leaves_nothing_behind(arguments, error):
@@ -412,6 +413,11 @@ def test_what_cannot_be_recorded_raises_and_leaves_nothing_behind(arguments, err
         monitor.record(*arguments)
     monitor.record(1, {"grad_norm": 1.0})
     assert monitor.history["step"].tolist() == [1]
+
+
+def test_step_and_metrics_alone_are_positional():
+    with pytest.raises(TypeError, match="3 positional arguments"):
+        Monitor().record(0, {"grad_norm": 1.0}, 0.5)
 
 
 def test_numbers_that_the_monitor_does_not_know_go_to_the_writers():
