@@ -2,12 +2,16 @@
 
 import collections
 import dataclasses
+import inspect
 import math
+import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from .rows import Row
 
+PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 LEAST_SEEN = 20
 """Steps that must have been seen before a rate, a share or a spread is believed."""
 QUIET_RECORDS = 5
@@ -125,3 +129,11 @@ class Episodes:
                 if row.step - step >= self.recent.window and quiet + 1 >= QUIET_RECORDS:
                     del self._last[kind]
         return alerts
+
+
+def warn_user(message: str, category: type[Warning]) -> None:
+    """Warn where the user's code called the package."""
+    frame, depth = inspect.currentframe(), 1
+    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(message, category, stacklevel=depth)

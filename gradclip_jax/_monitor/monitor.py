@@ -1,11 +1,9 @@
 """The monitor: fed with metrics from the host, it keeps a history and raises alerts."""
 
 import collections
-import inspect
 import math
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .._checks import check_number, check_whole_number
-from .alerts import Alert, ClipWarning, Episodes
+from .alerts import Alert, ClipWarning, Episodes, warn_user
 from .conditions import (
     Diverged,
     DominatingLeaf,
@@ -32,13 +30,10 @@ from .rows import new_row
 from .suggest import Fired, Suggestion, check_candidates, fired_at, suggest_max_norm
 from .summary import step_reached, summarize
 from .wiring import BehindOptimizer, Frozen, NotReduced
+from .writers import Writer
 
 LATE = 8
 """Records that may wait for the device; a further one waits for the oldest of them."""
-PACKAGE = os.path.dirname(os.path.dirname(__file__))
-
-Writer = Callable[[int, dict[str, float]], Any]
-"""`(step, row)`: the row has the columns of the history and whatever else was recorded."""
 
 
 class Monitor:
@@ -376,8 +371,4 @@ def _saved(figure: Any, path: str | os.PathLike[str] | None) -> Any:
 
 
 def _warn(alert: Alert) -> None:
-    """Warn where the user's code called the monitor."""
-    frame, depth = inspect.currentframe(), 1
-    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
-        frame, depth = frame.f_back, depth + 1
-    warnings.warn(str(alert), ClipWarning, stacklevel=depth)
+    warn_user(str(alert), ClipWarning)

@@ -1,6 +1,5 @@
 """Where a monitor's rows go: TensorBoard, CSV, JSON lines. Any callable of step and row serves."""
 
-import atexit
 import csv
 import json
 import math
@@ -9,14 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .background import in_background
+
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What a spreadsheet takes for the beginning of one."""
 
 Writer = Callable[[int, dict[str, float]], Any]
+"""`(step, row)`: the row has the columns of the history and whatever else was recorded."""
 
 
 def to_tensorboard(directory: str | os.PathLike[str]) -> Writer:
     """Write rows as TensorBoard scalars, on disk within a second; needs tensorboardX.
+
+    A thread writes them, so that training does not wait for the disk. If the disk is full or gone,
+    one warning says so, no further rows are written, and training goes on.
 
     Args:
       directory: Where the event files go; it is made.
@@ -30,21 +35,23 @@ def to_tensorboard(directory: str | os.PathLike[str]) -> Writer:
     ...     monitor.record(0, {"grad_norm": 1.0})
     """
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import event_file_writer, record_writer, summary
+        from tensorboardX.proto.event_pb2 import Event
     except ImportError as error:
         raise ImportError(
             "`to_tensorboard` needs tensorboardX: `pip install 'gradclip-jax[tensorboard]'`."
         ) from error
-    # A thread of its own writes the events, and its `flush` does not wait for them.
-    writer = SummaryWriter(os.fspath(directory), flush_secs=1)
-    atexit.register(writer.close)
+    # Not a `SummaryWriter`: when its thread has died, of a full disk, its queue fills and blocks.
+    record_writer.directory_check(os.fspath(directory))
+    events = event_file_writer.EventsWriter(os.path.join(directory, "events"))
 
-    def write(step: int, row: dict[str, float]) -> None:
+    def write(step: int, row: dict[str, float], wall_time: float) -> None:
         for key, value in row.items():
             if math.isfinite(value):
-                writer.add_scalar(key, value, step)
+                scalar = summary.scalar(key, value)
+                events.write_event(Event(step=step, wall_time=wall_time, summary=scalar))
 
-    return write
+    return in_background("to_tensorboard", write, events.flush)
 
 
 def to_csv(path: str | os.PathLike[str]) -> Writer:

@@ -7,13 +7,17 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from io import BufferedWriter, FileIO
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import gradclip_jax
+from gradclip_jax._monitor import background
 
 CHROMIUM = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
 plots = pytest.mark.skipif(
@@ -151,6 +155,30 @@ def scalars(records: bytes) -> list[tuple[str, float]]:
         found += [(value.tag, value.simple_value) for value in event.summary.value]
         at += 16 + size
     return found
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_full_disk_ends_the_events_of_tensorboard_and_not_the_training(monkeypatch, tmp_path):
+    files = pytest.importorskip("tensorboardX.record_writer", reason="needs the extra tensorboard")
+    monkeypatch.setattr(files, "open_file", lambda path: BufferedWriter(FileIO("/dev/full", "w")))
+    monkeypatch.setattr(background, "PERIOD", 0.01)
+    monitor = gradclip_jax.Monitor(writers=[gradclip_jax.monitor.to_tensorboard(tmp_path)])
+
+    def steps():
+        for step in range(300):
+            monitor.record(step, {"grad_norm": 1.0 + step % 7})
+            time.sleep(1e-3)
+
+    def train():  # in a thread, which may hang
+        training = threading.Thread(target=steps, daemon=True)
+        training.start()
+        training.join(60)
+        assert not training.is_alive()
+
+    with pytest.warns(RuntimeWarning, match="got OSError: .*No space left on device") as told:
+        train()
+    assert [warning.filename for warning in told] == [__file__]
+    assert monitor.history["step"].tolist() == list(range(300))
 
 
 def test_a_csv_file_of_another_run_is_refused(tmp_path):
