@@ -11,7 +11,7 @@ from ._state import ClipState, NonfiniteState
 
 
 def upgrade_state(saved: Any, fresh: Any) -> Any:
-    """The state of a checkpoint, for an optimizer that got a clip since: other clips start anew.
+    """The state of a checkpoint for an optimizer with other clips; new clips start anew.
 
     Use it to add a clip to a run that is under way, to remove one, or to change its strategy:
     restore with the state of the old optimizer as the template, then upgrade.
@@ -22,10 +22,10 @@ def upgrade_state(saved: Any, fresh: Any) -> Any:
       fresh: `optimizer.init(params)` of the new optimizer.
 
     Returns:
-      `fresh`, with all of `saved` that is not of a clip, and of each clip that is still at its
-      place with a state of the same shapes what it has learned. Places are told by what contains
-      them (classes, fields, keys) and by order, so that a chain may be longer, or an optimizer
-      alone become the last part of one. Of two clips side by side with states alike, the first
+      `fresh` with all of `saved` that does not belong to a clip, and with the state of each clip
+      that is still at its place and has the same shapes. A place is given by what contains it
+      (classes, fields, keys) and by the order, so that a chain may grow, or an optimizer may
+      become the last part of a chain. Of two neighboring clips with states of one type, the first
       is the old one. Guards (`skip_nonfinite`, `error_feedback`, …) may be new or gone, too.
 
     Raises:
@@ -41,8 +41,8 @@ def upgrade_state(saved: Any, fresh: Any) -> Any:
     >>> print(state[1][0].trace["w"], state[0].step_count)
     [3. 4.] 0
     """
-    fresh = _apart(fresh)
-    old, new = list(_parts(_apart(saved), ())), list(_parts(fresh, ()))
+    fresh = _split_guards(fresh)
+    old, new = list(_parts(_split_guards(saved), ())), list(_parts(fresh, ()))
     source = _of_optimizer(old, new)
     if not source and any(not _is_clip(part.value) for part in new):
         raise ValueError(
@@ -51,7 +51,7 @@ def upgrade_state(saved: Any, fresh: Any) -> Any:
         )
     source |= _of_clips(old, new, source)
     values = [old[source[i]].value if i in source else part.value for i, part in enumerate(new)]
-    return _together(jax.tree.structure(fresh, is_leaf=_is_clip).unflatten(values))
+    return _join_guards(jax.tree.structure(fresh, is_leaf=_is_clip).unflatten(values))
 
 
 _TEMPLATE = "Restore it with the `init` of the old optimizer as the template."
@@ -79,25 +79,25 @@ def _is_guard(x: Any) -> bool:
     return isinstance(x, SkipState | ErrorFeedbackState | Clip21State)
 
 
-def _apart(tree: Any) -> Any:
+def _split_guards(tree: Any) -> Any:
     """The tree with a `_Guard` for the state of each guard."""
 
-    def apart(x: Any) -> Any:
+    def split(x: Any) -> Any:
         if not _is_guard(x):
             return x
         name = _inner_field(x)
-        return _Guard(x._replace(**{name: None}), _apart(getattr(x, name)))
+        return _Guard(x._replace(**{name: None}), _split_guards(getattr(x, name)))
 
-    return jax.tree.map(apart, tree, is_leaf=_is_guard)
+    return jax.tree.map(split, tree, is_leaf=_is_guard)
 
 
-def _together(tree: Any) -> Any:
-    def together(x: Any) -> Any:
+def _join_guards(tree: Any) -> Any:
+    def join(x: Any) -> Any:
         if not isinstance(x, _Guard):
             return x
-        return x.own._replace(**{_inner_field(x.own): _together(x.inner)})
+        return x.own._replace(**{_inner_field(x.own): _join_guards(x.inner)})
 
-    return jax.tree.map(together, tree, is_leaf=lambda x: isinstance(x, _Guard))
+    return jax.tree.map(join, tree, is_leaf=lambda x: isinstance(x, _Guard))
 
 
 def _is_clip(x: Any) -> bool:
