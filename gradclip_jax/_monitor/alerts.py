@@ -1,4 +1,4 @@
-"""Alerts, and how a condition on the records of a run becomes one of them per episode."""
+"""Alerts: one for each episode in which a condition on the records of a run holds."""
 
 import collections
 import dataclasses
@@ -12,23 +12,41 @@ from typing import NamedTuple
 from .rows import Row
 
 PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
-LEAST_SEEN = 20
-"""Steps that must have been seen before a rate, a share or a spread is believed."""
+MIN_STEPS = 20
+"""Steps recorded before a rate, a share or a spread is believed."""
 QUIET_RECORDS = 5
-"""Records without its condition before an episode ends, however far apart they are."""
+"""Records without the condition before an episode ends, however far apart they are."""
 
 
 class ClipWarning(UserWarning):
-    """What a `Monitor` without `on_alert` warns with."""
+    """The category of the warnings of a `Monitor` without `on_alert`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Alert:
-    """One episode of something that is wrong, told at its first record.
+    """What is wrong with a run, since when, and what to try; raised once per episode.
+
+    An episode ends when its condition has been false for the `window` of the monitor and five
+    records, so that a condition that comes and goes raises one alert.
+
+    | kind | when |
+    |---|---|
+    | `nonfinite` | a loss or a norm is NaN or infinite |
+    | `limit_too_low` | more than `max_rate` of the updates are clipped over the window |
+    | `limit_inert` | none in 1,000 updates, or in a window whose norms are all below a tenth |
+    | `norm_growing` | the norm grew tenfold over the last 16, 32, …, 1024 norms, exponentially |
+    | `loss_spike` | a loss is above its median by 10 deviations, four times as far as any before |
+    | `diverged` | 20 losses in a row are all above twice the largest of the first three |
+    | `dominating_leaf` | one leaf has 95 % of the squared norm, over 20 records |
+    | `frozen` | the counter of updates, or the norm, has not changed for 100 steps |
+    | `not_reduced` | the limit was exceeded, and what reached the optimizer is above it |
+    | `behind_optimizer` | ten times the norm that the clip saw reached the optimizer, thrice |
+
+    The last one needs `update_norm` in `Monitor.record`. Without it, a clip behind the optimizer
+    looks like one whose limit is too high, and `limit_inert` asks to check its place first.
 
     Attributes:
-      kind: One of `nonfinite`, `limit_too_low`, `limit_inert`, `norm_growing`, `loss_spike`,
-        `diverged`, `dominating_leaf`, `frozen`, `not_reduced` and `behind_optimizer`.
+      kind: One of the kinds above.
       step: Step of the record that raised it.
       since: First step at which the condition held, as far as the records tell.
       message: What was seen, with its numbers.
@@ -46,8 +64,8 @@ class Alert:
         return f"{self.message} {self.advice}"
 
 
-class Seen(NamedTuple):
-    """A condition that holds."""
+class Finding(NamedTuple):
+    """What a condition that holds has found."""
 
     since: int
     message: str
@@ -55,40 +73,40 @@ class Seen(NamedTuple):
 
 
 class Recent:
-    """The latest records: those of at least `window` steps, of which at least 20 were seen."""
+    """The latest records: at least `window` steps, and at least 20 of them recorded."""
 
     def __init__(self, window: int):
         self.window, self.rows = window, collections.deque[Row]()
-        self._seen, self._clipped = 0, 0.0
+        self._steps, self._clipped = 0, 0.0
 
     def add(self, row: Row) -> None:
-        """Take one in, and let go of those that are no longer needed."""
+        """Add a row, and drop those that are no longer needed."""
         rows = self.rows
         rows.append(row)
         self._count(row, 1)
-        while len(rows) > 1 and self._is_full(rows[1].first, self._seen - rows[0].size):
+        while len(rows) > 1 and self._is_full(rows[1].first, self._steps - rows[0].size):
             self._count(rows.popleft(), -1)
 
     def _count(self, row: Row, sign: int) -> None:
-        self._seen += sign * row.size
+        self._steps += sign * row.size
         self._clipped += sign * row.size * (0.0 if math.isnan(row.clipped) else row.clipped)
 
-    def _is_full(self, first: int, seen: int) -> bool:
-        return first <= self.rows[-1].step - self.window + 1 and seen >= LEAST_SEEN
+    def _is_full(self, first: int, steps: int) -> bool:
+        return first <= self.rows[-1].step - self.window + 1 and steps >= MIN_STEPS
 
     @property
     def is_full(self) -> bool:
-        """Whether the run is that long already."""
-        return self._is_full(self.rows[0].first, self._seen)
+        """Whether the run is as long as the window."""
+        return self._is_full(self.rows[0].first, self._steps)
 
     @property
-    def clipped(self) -> float:
-        """Share of the steps seen that were clipped."""
-        return self._clipped / self._seen
+    def clip_rate(self) -> float:
+        """Share of the steps that were clipped."""
+        return self._clipped / self._steps
 
     @property
-    def clipped_lately(self) -> float:
-        """The same over the second half of the window."""
+    def late_clip_rate(self) -> float:
+        """Share of the steps in the second half of the window that were clipped."""
         half = [row for row in self.rows if row.step > self.rows[-1].step - self.window // 2]
         return sum(row.clipped * row.size for row in half) / sum(row.size for row in half)
 
@@ -98,15 +116,15 @@ class Recent:
         return math.nan if first is None or last is None else float(last[-1] - first[0])
 
 
-Condition = Callable[[Row, Recent], Seen | None]
+Condition = Callable[[Row, Recent], Finding | None]
 
 
 class Episodes:
-    """Conditions, each of which is told once until it has been false for a while.
+    """Raises an alert when a condition begins to hold, once per episode.
 
-    An episode ends when its condition has been false for `window` steps, and five records: then
-    nothing of the episode is left in the window over which rates are judged, and what comes and
-    goes (a loss scale that finds its value, say) is told once.
+    An episode ends when its condition has been false for `window` steps and five records. Then the
+    window over which rates are judged holds nothing of the episode. A condition that comes and goes
+    (while a loss scale finds its value, say) raises one alert.
     """
 
     def __init__(self, conditions: Mapping[str, Condition], window: int):
@@ -118,10 +136,10 @@ class Episodes:
         self.recent.add(row)
         alerts = []
         for kind, condition in self.conditions.items():
-            seen = condition(row, self.recent)
-            if seen is not None:
+            found = condition(row, self.recent)
+            if found is not None:
                 if kind not in self._last:
-                    alerts.append(Alert(kind, row.step, *seen))
+                    alerts.append(Alert(kind, row.step, *found))
                 self._last[kind] = (row.step, 0)
             elif kind in self._last:
                 step, quiet = self._last[kind]

@@ -1,4 +1,4 @@
-"""What a run has recorded: columns that grow by a row with each record, whole or not at all."""
+"""The history of a run: columns that grow by one row with each record, whole or not at all."""
 
 import math
 from array import array
@@ -10,12 +10,12 @@ from .rows import COLUMNS, Row
 
 
 class History:
-    """The rows of a run, every norm seen, and the norms of leaves."""
+    """The rows of a run, every norm, and the norms of leaves."""
 
     def __init__(self):
         self.last: Row | None = None
         self._sizes = 0, 0
-        """Rows and norms that are whole: Ctrl-C may leave further ones behind."""
+        """Numbers of complete rows and norms: after Ctrl-C, a column may be longer."""
         self._steps = array("q")
         self._columns = {name: array("d") for name in COLUMNS}
         self._norm_steps, self._norms = array("q"), array("d")
@@ -46,7 +46,7 @@ class History:
         return {name: np.array(column)[: self._sizes[0]] for name, column in columns.items()}
 
     def norms(self) -> dict[str, np.ndarray]:
-        """A copy of every norm seen and its step."""
+        """A copy of every norm with its step."""
         columns = {"step": self._norm_steps, "grad_norm": self._norms}
         return {name: np.array(column)[: self._sizes[1]] for name, column in columns.items()}
 

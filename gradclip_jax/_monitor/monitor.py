@@ -32,51 +32,33 @@ from .summary import step_reached, summarize
 from .wiring import BehindOptimizer, Frozen, NotReduced
 from .writers import Writer
 
-LATE = 8
-"""Records that may wait for the device; a further one waits for the oldest of them."""
+MAX_PENDING = 8
+"""Records that may wait for the device; a further call of `record` waits for the oldest."""
 
 
 class Monitor:
     """Watches a run from the host: a history, alerts, time to a loss, and which limit to choose.
 
     Feed it with `metrics(opt_state)` and the loss, at every step or every tenth; or, from inside
-    `lax.scan`, with arrays of a window of steps. It never waits for the device in `record`,
-    unless that is more than 8 records behind; whatever reads the history waits.
+    `lax.scan`, with arrays of a window of steps. `record` never waits for the device, unless that
+    is more than 8 records behind; reading the history waits.
 
-    One thread may record while others read: what they get is a copy of whole records, and a
-    reader that waits for the device does not make `record` wait. `on_alert` and writers are called
-    in the thread that takes a record in, one at a time.
-
-    Each alert is raised once per episode. An episode ends when its condition has been false for
-    `window` steps and five records, so that what comes and goes is told once.
-
-    | kind | when |
-    |---|---|
-    | `nonfinite` | a loss or a norm is NaN or infinite |
-    | `limit_too_low` | more than `max_rate` of the updates are clipped over the window |
-    | `limit_inert` | none in 1,000 updates, or in a window whose norms are all below a tenth |
-    | `norm_growing` | the norm grew tenfold over the last 16, 32, …, 1024 norms, exponentially |
-    | `loss_spike` | a loss is above its median by 10 deviations, four times as far as any before |
-    | `diverged` | 20 losses in a row are all above twice the largest of the first three |
-    | `dominating_leaf` | one leaf has 95 % of the squared norm, over 20 records |
-    | `frozen` | the counter of updates, or the norm, has stood still for 100 steps |
-    | `not_reduced` | the limit was exceeded, and what reached the optimizer is above it |
-    | `behind_optimizer` | ten times the norm that the clip saw reached the optimizer, thrice |
-
-    The last one needs `update_norm` in `record`; without it a clip behind the optimizer looks like
-    one whose limit is too high, and `limit_inert` says to look at its place first.
+    One thread may record while others read: a reader gets a copy of whole records, and a reader
+    that waits for the device does not make `record` wait. `on_alert` and writers are called by the
+    thread that processes a record, one at a time.
 
     Args:
-      max_rate: Clip rate above which the limit is too low, in (0, 1]; 1 never tells, as is right
-        for what clips most steps by design (`autoclip`, `normalize_by_norm`).
-      on_alert: Called with each `monitor.Alert`; None warns with a `monitor.ClipWarning`. What it
-        raises comes out of `record` (or of what reads the history), when all is noted.
+      max_rate: Clip rate above which the limit is too low, in (0, 1]; 1 for clips that act on most
+        steps by design (`autoclip`, `normalize_by_norm`).
+      on_alert: Called with each `monitor.Alert`, one per episode; None warns with a
+        `monitor.ClipWarning`. An exception that it raises leaves `record` (or the reader of the
+        history) after the record was kept.
       writers: Callables `(step, row)`, called once for each record, in order. The row is a dict
         of floats: the columns of `history` and whatever else was in the metrics.
       window: Steps over which rates are judged, at least 20.
 
     Raises:
-      ValueError: For arguments that may not be.
+      ValueError: For a rate, a window or a callable that is not valid.
 
     >>> import gradclip_jax, jax.numpy as jnp, optax
     >>> optimizer = optax.chain(gradclip_jax.clip_by_global_norm(1.0), optax.sgd(0.1))
@@ -108,7 +90,7 @@ class Monitor:
             if not callable(writer):
                 raise ValueError(f"`writers` must be functions of step and row, got {writer!r}.")
         self._on_alert = _warn if on_alert is None else on_alert
-        # Held by who takes records in or reads them; a callback may read, so that it is reentrant.
+        # For processing and reading records; reentrant, as a callback may read.
         self._lock = threading.RLock()
         self._queue: collections.deque[Fetch] = collections.deque()
         self._history = History()
@@ -138,7 +120,7 @@ class Monitor:
         loss: Any = None,
         update_norm: Any = None,
     ) -> None:
-        """Take in what a step, or a window of steps, has measured; waits for nothing.
+        """Keep what a step, or a window of steps, has measured, without waiting for the device.
 
         Step and metrics may be positional, as a writer's step and row; the others are keywords.
 
@@ -147,38 +129,37 @@ class Monitor:
             in the window. They must rise from record to record.
           metrics: `metrics(opt_state)`, also `per_group=True`: scalars, or vectors with a value
             for each step of a window. The norm of a leaf may be added as `grad_norm/<path>`;
-            further numbers go to the writers. What `metrics` calls `grad_norm`, `clip_limit` and
-            so on may come from elsewhere, and any may be missing.
+            other numbers go to the writers. Any number may be missing or come from elsewhere.
           loss: Loss of the step, or a vector of losses; `metrics["loss"]` where it is None.
           update_norm: Norm of the updates that reached the optimizer, behind the clip and before
-            learning rate and momentum, to tell a clip that does nothing. It must be the norm
-            that the clip measures: `global_norm(updates)`, as a rule. Beside a clip of several
-            groups, record their metrics with `per_group=True`.
+            learning rate and momentum, to detect a clip that does nothing. It must be the norm
+            that the clip measures: usually `global_norm(updates)`. For a clip of several groups,
+            record their metrics with `per_group=True`.
 
         Raises:
-          ValueError: For `metrics` that is no dict of numbers (an optimizer state, say) or has none
-            that the monitor knows while there are no writers; for traced values, for vectors of
-            different lengths, and for a step that is not above the one before.
+          ValueError: For `metrics` that is not a dict of numbers (an optimizer state, say), or has
+            none that the monitor knows while there are no writers; for traced values, for vectors
+            of different lengths, and for a step that is not above the one before.
         """
         has_writers = bool(self._writers)
         fetch = fetch_record(step, metrics, loss, update_norm, has_writers=has_writers)
         self._queue.append(fetch)
-        # Another thread that waits for the device, to read, takes this one in later.
-        if not self._lock.acquire(blocking=len(self._queue) > LATE):
+        # If another thread holds the lock, to read, it or a later call processes this record.
+        if not self._lock.acquire(blocking=len(self._queue) > MAX_PENDING):
             return
         try:
-            while self._queue and (len(self._queue) > LATE or self._queue[0].is_ready()):
-                self._digest(self._queue.popleft())
+            while self._queue and (len(self._queue) > MAX_PENDING or self._queue[0].is_ready()):
+                self._process(self._queue.popleft())
         finally:
             self._lock.release()
 
     def flush(self) -> None:
-        """Wait for all that was recorded, and take it in."""
+        """Wait for the device, and process all records."""
         with self._lock:
-            # What another thread records meanwhile is for the next one, or this might never end.
+            # Records that another thread adds meanwhile are left, or this might never end.
             for _ in range(len(self._queue)):
                 if self._queue:  # `on_alert` may have read, and flushed
-                    self._digest(self._queue.popleft())
+                    self._process(self._queue.popleft())
 
     def __enter__(self) -> "Monitor":
         """The monitor itself."""
@@ -190,7 +171,7 @@ class Monitor:
 
     @property
     def history(self) -> dict[str, np.ndarray]:
-        """What was recorded, a row for each record: a dict of arrays of one length.
+        """All records, a row each: a dict of arrays of one length.
 
         | key | what |
         |---|---|
@@ -204,8 +185,8 @@ class Monitor:
         | `loss_min`, `loss`, `loss_max` | smallest, median and largest loss |
         | `nonfinite_loss` | losses in the window that were NaN or infinite |
 
-        All others are float64, NaN where not given. Norms and losses that are not finite are
-        counted and left out; where no other is left it says NaN.
+        All others are float64, NaN where not given. Norms and losses that are NaN or infinite are
+        counted and left out; the entry of a record with no others is NaN.
         """
         with self._lock:
             self.flush()
@@ -213,16 +194,16 @@ class Monitor:
 
     @property
     def norms(self) -> dict[str, np.ndarray]:
-        """Every norm seen, those within windows too: `step` (int64) and `grad_norm` (float64)."""
+        """Every norm, also those within windows: `step` (int64) and `grad_norm` (float64)."""
         with self._lock:
             self.flush()
             return self._history.norms()
 
     @property
     def leaf_norms(self) -> dict[str, np.ndarray]:
-        """Of each `grad_norm/<path>` the path, and a norm for each row of the history.
+        """The norms of each recorded `grad_norm/<path>`, by path: one for each row of the history.
 
-        Of a window the largest; infinite where it was NaN or infinite, NaN where not given.
+        The largest of a window; infinite where it was NaN or infinite, NaN where not given.
         """
         with self._lock:
             self.flush()
@@ -238,7 +219,7 @@ class Monitor:
     def steps_to(self, loss: float, *, records: int = 5) -> int | None:
         """The step at which a loss was reached, or None.
 
-        Reached is a loss when the median of the last `records` recorded ones is at or below it,
+        A loss is reached when the median of the last `records` recorded losses is at most that,
         so that one lucky batch does not count.
 
         >>> import gradclip_jax
@@ -252,14 +233,14 @@ class Monitor:
         return step_reached(self.history, loss, records)
 
     def summary(self) -> dict[str, Any]:
-        """The run in a few numbers, ready for `json.dumps`; None where nothing was given.
+        """The run in a few numbers, ready for `json.dumps`; None where nothing was recorded.
 
         | key | what |
         |---|---|
-        | `step`, `records` | the last step, and how often it was recorded |
-        | `grad_norm`, `grad_norm_max` | median and largest of all norms seen |
-        | `clip_limit`, `clip_rate` | the last ones |
-        | `clip_factor` | the smallest |
+        | `step`, `records` | the last step, and the number of records |
+        | `grad_norm`, `grad_norm_max` | median and largest of all norms |
+        | `clip_limit`, `clip_rate` | the last limit and rate |
+        | `clip_factor` | the smallest factor |
         | `nonfinite`, `nonfinite_loss` | how many updates and losses were not finite |
         | `loss`, `best_loss` | the last loss, and the smallest |
         | `loss_spikes` | how often the loss jumped |
@@ -272,13 +253,13 @@ class Monitor:
     def suggest(
         self, *, rate: float = 0.05, candidates: Sequence[float] | None = None
     ) -> Suggestion:
-        """A limit from the norms seen so far: see `suggest_max_norm`."""
+        """A limit from the norms so far: see `suggest_max_norm`."""
         return suggest_max_norm(self.norms["grad_norm"], rate=rate, candidates=candidates)
 
     def sweep(self, candidates: Sequence[float]) -> list[Fired]:
-        """When other limits would have acted on the norms seen so far, without training again.
+        """When other limits would have acted on the norms so far, without training again.
 
-        It is a dry run: behind another limit the norms would have been others.
+        This is a dry run: with another limit, the norms would have been different.
 
         >>> import gradclip_jax
         >>> monitor = gradclip_jax.Monitor()
@@ -293,7 +274,7 @@ class Monitor:
         return fired_at(norms["step"], norms["grad_norm"], candidates)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
-        """Norms over the steps with the limit and the clipped steps, and the loss below them.
+        """Plot norms, limit and clipped steps over the steps, and the loss below them.
 
         Returns a matplotlib figure and, with `path`, saves it there; so do the other plots. Needs
         the extra `plots`.
@@ -302,50 +283,50 @@ class Monitor:
           ImportError: Where matplotlib is not installed.
           ValueError: When nothing was recorded.
         """
-        return _saved(draw_norms(self._recorded()), path)
+        return _save(draw_norms(self._nonempty_history()), path)
 
     def plot_histogram(
         self, path: str | os.PathLike[str] | None = None, *, candidates: Sequence[float] = ()
     ) -> Any:
-        """How often which norm was seen, and what each of the candidates would clip."""
-        self._recorded()
+        """Plot the distribution of the norms, and what each of the candidates would clip."""
+        self._nonempty_history()
         limits = check_candidates(candidates)
-        return _saved(draw_histogram(self.norms["grad_norm"], limits), path)
+        return _save(draw_histogram(self.norms["grad_norm"], limits), path)
 
     def plot_leaves(self, path: str | os.PathLike[str] | None = None) -> Any:
-        """The norm of each leaf over the steps, as colours.
+        """Plot the norm of each leaf over the steps, as colors.
 
         Raises:
           ValueError: When no norms of leaves were recorded: `metrics(state, per_group=True)` of a
             clip with a norm for each leaf has them.
         """
         with self._lock:
-            steps, leaf_norms = self._recorded()["step"], self.leaf_norms
+            steps, leaf_norms = self._nonempty_history()["step"], self.leaf_norms
         if not leaf_norms:
             raise ValueError(
                 "`metrics` must have norms of leaves (`per_group=True`), got none in any record."
             )
-        return _saved(draw_leaves(steps, leaf_norms), path)
+        return _save(draw_leaves(steps, leaf_norms), path)
 
     def save_html(self, path: str | os.PathLike[str]) -> None:
-        """One page with summary, alerts, plots and candidates for the limit.
+        """Write one HTML page with summary, alerts, plots and candidates for the limit.
 
-        All is inside, so that it can be read offline and sent to others. Needs the extra `plots`.
+        The page loads nothing, so that it opens offline. Needs the extra `plots`.
         """
         with self._lock:  # all of one moment
-            history, norms = self._recorded(), self.norms["grad_norm"]
+            history, norms = self._nonempty_history(), self.norms["grad_norm"]
             leaf_norms, summary, alerts = self.leaf_norms, self.summary(), self.alerts
         text = run_page(history, norms, leaf_norms, summary, alerts)
         Path(path).write_text(text, encoding="utf-8")
 
-    def _recorded(self) -> dict[str, np.ndarray]:
+    def _nonempty_history(self) -> dict[str, np.ndarray]:
         history = self.history
         if not len(history["step"]):
             raise ValueError("`record` must be called before a plot: nothing was recorded.")
         return history
 
-    def _digest(self, fetch: Fetch) -> None:
-        with np.errstate(all="ignore"):  # what is not finite is what this is about
+    def _process(self, fetch: Fetch) -> None:
+        with np.errstate(all="ignore"):  # NaN and infinity are expected here
             row = new_row(fetch.read(), fetch.size, self._history.last)
             numbers = row.numbers()
             self._history.append(row, numbers)
@@ -364,7 +345,7 @@ class Monitor:
         self.__dict__.update(state, _lock=threading.RLock())
 
 
-def _saved(figure: Any, path: str | os.PathLike[str] | None) -> Any:
+def _save(figure: Any, path: str | os.PathLike[str] | None) -> Any:
     if path is not None:
         figure.savefig(path, dpi=120)
     return figure

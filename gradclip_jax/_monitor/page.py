@@ -1,4 +1,4 @@
-"""One self-contained page about a run: alerts, pictures and candidates for the limit."""
+"""One self-contained HTML page about a run: alerts, plots and candidates for the limit."""
 
 import html
 import io
@@ -33,9 +33,9 @@ def run_page(
     summary: Mapping[str, Any],
     alerts: Iterable[Alert],
 ) -> str:
-    """HTML with everything inside: no script, no font and no picture is fetched."""
+    """The HTML: it loads no script, font or image."""
     advice = suggest_max_norm(norms) if np.isfinite(norms).any() else None
-    limits = set[float]() if advice is None else {advice.max_norm, *_positive_limits(history)}
+    limits = set[float]() if advice is None else {advice.max_norm, *_last_limit(history)}
     figures = {
         "Norm and limit": draw_norms(history),
         "Distribution of the norms": draw_histogram(norms, sorted(limits)),
@@ -84,14 +84,14 @@ def _alert(alert: Alert) -> str:
 
 def _svg(figure: Any, title: str) -> str:
     text = io.StringIO()
-    # No date: the same run gives the same page.
+    # Without the date, the same run gives the same page.
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     drawing = text.getvalue()
     drawing = drawing[drawing.index("<svg") :]
     return drawing.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
 
 
-def _positive_limits(history: Mapping[str, np.ndarray]) -> list[float]:
-    """The limit of the last step, where there is a finite one."""
+def _last_limit(history: Mapping[str, np.ndarray]) -> list[float]:
+    """The limit of the last step, if it is positive and finite."""
     limit = last_given(history["clip_limit"])
     return [limit] if limit is not None and 0 < limit < math.inf else []

@@ -1,4 +1,4 @@
-"""Pictures of a run: norms and limit over the steps, their distribution, and leaf by leaf."""
+"""Plots of a run: norms and limit over the steps, their distribution, and leaf by leaf."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ CLIPPED, NORM, LIMIT = "#d62728", "#7f7f7f", "#1f77b4"
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure, and an error that says where to get one."""
+    """An empty matplotlib figure; an error names the extra if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -18,7 +18,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def draw_norms(history: Mapping[str, np.ndarray]) -> Any:
-    """Gradient norm with its limit and the clipped steps, and the loss below where it is known."""
+    """Gradient norm with its limit and the clipped steps, and below the loss, if recorded."""
     has_loss = bool(np.isfinite(history["loss"]).any())
     figure = new_figure(9, 5.5 if has_loss else 3.2)
     axes = figure.subplots(1 + has_loss, 1, sharex=True, squeeze=False)[:, 0]
@@ -45,7 +45,7 @@ def draw_norms(history: Mapping[str, np.ndarray]) -> Any:
 
 
 def draw_histogram(norms: np.ndarray, candidates: Sequence[float]) -> Any:
-    """How often which norm, with the limits that are considered and what each would clip."""
+    """Distribution of the norms, with candidates for the limit and what each would clip."""
     figure = new_figure(7, 3.5)
     axes = figure.subplots()
     finite = norms[np.isfinite(norms) & (norms > 0)]
@@ -65,7 +65,7 @@ def draw_histogram(norms: np.ndarray, candidates: Sequence[float]) -> Any:
 
 
 def draw_leaves(steps: np.ndarray, leaf_norms: Mapping[str, np.ndarray]) -> Any:
-    """The norm of each leaf over the steps, as colours on a logarithmic scale."""
+    """The norm of each leaf over the steps, as colors on a logarithmic scale."""
     from matplotlib.colors import LogNorm
 
     names = list(leaf_norms)
@@ -79,7 +79,7 @@ def draw_leaves(steps: np.ndarray, leaf_norms: Mapping[str, np.ndarray]) -> Any:
         ends, np.arange(len(names) + 1), np.ma.masked_invalid(rows), norm=scale, cmap="viridis"
     )
     axes.set(xlabel="step")
-    # A leaf may be called `$\frac{1$`: its name is text, neither a formula nor TeX.
+    # A leaf may be named `$\frac{1$`: plain text, neither a formula nor TeX.
     plain: dict[str, Any] = {"fontsize": "small", "parse_math": False, "usetex": False}
     axes.set_yticks(np.arange(len(names)) + 0.5, names, **plain)
     axes.invert_yaxis()
@@ -88,7 +88,7 @@ def draw_leaves(steps: np.ndarray, leaf_norms: Mapping[str, np.ndarray]) -> Any:
 
 
 def _positive(values: np.ndarray) -> np.ndarray:
-    """What a logarithmic axis can show; the rest is left out."""
+    """Positive values; a logarithmic axis cannot show the others, which become NaN."""
     return np.where(np.isfinite(values) & (values > 0), values, np.nan)
 
 

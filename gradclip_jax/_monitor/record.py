@@ -12,7 +12,7 @@ KNOWN = (
     "grad_norm", "clip_limit", "clip_factor", "clipped", "clip_count", "nonfinite_count",
     "step_count", "loss", "update_norm",
 )  # fmt: skip
-"""What the history is made of."""
+"""The numbers that the history and the conditions read."""
 
 
 def fetch_record(

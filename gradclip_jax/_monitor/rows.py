@@ -1,4 +1,4 @@
-"""A record on the host as a row: what the conditions look at, and what history and writers keep."""
+"""A record on the host as a row: what the conditions read, and what history and writers keep."""
 
 import itertools
 import math
@@ -15,27 +15,27 @@ EMPTY, NAN = np.zeros(0), np.full(1, math.nan)
 
 
 class Row(NamedTuple):
-    """One record on the host. What was not given is NaN, or empty."""
+    """One record on the host; NaN or empty where a number was not given."""
 
     steps: Sequence[int]
-    """Those of the window, or a single one."""
+    """The steps of the window, or a single one."""
     norms: Sequence[float]
     losses: Sequence[float]
     clip_limit: float
     clip_factor: float
     clipped: float
     clipped_so_far: float
-    """Steps of the run that were clipped, as far as the records tell."""
+    """Clipped steps of all records up to this one."""
     judged_so_far: int
-    """Steps of the run of which that is known."""
+    """Steps of all records up to this one that say whether they were clipped."""
     clip_count: float
     step_count: float
     nonfinite: float
-    """Updates that were not finite since the record before, seen or counted."""
+    """Updates since the record before that were not finite, recorded or counted."""
     nonfinite_loss: int
     leaves: Mapping[str, float]
     values: Mapping[str, np.ndarray]
-    """All that was given, a vector over the steps each."""
+    """All numbers that were given, each a vector over the steps."""
 
     @property
     def first(self) -> int:
@@ -60,11 +60,11 @@ class Row(NamedTuple):
         return self.clipped_so_far / self.judged_so_far if self.judged_so_far else math.nan
 
     def over_steps(self, values: Sequence[float]) -> Iterator[tuple[int, float]]:
-        """Steps and values; of a single value in a window the last step."""
+        """Pairs of step and value; a single value in a window belongs to its last step."""
         return zip(self.steps[-len(values) :], values, strict=True) if len(values) else iter(())
 
     def numbers(self) -> dict[str, float]:
-        """The columns of the history and all else that was given, as of the last step."""
+        """The columns of the history, and the last value of all other numbers."""
         given = {key: float(value[-1]) for key, value in self.values.items()}
         given |= {f"grad_norm/{path}": norm for path, norm in self.leaves.items()}
         columns = (
@@ -112,14 +112,14 @@ def new_row(values: dict[str, np.ndarray], size: int, last: Row | None) -> Row:
 
 
 def _numbered(given: np.ndarray, size: int, last: Row | None) -> list[int]:
-    """The steps of a window, of which the last alone may be given."""
+    """The steps of a window; the user may give the last one alone."""
     for step in given.tolist():
-        if not -(2.0**63) <= step < 2.0**63:  # not for NaN either
+        if not -(2.0**63) <= step < 2.0**63:  # false for NaN, too
             raise ValueError(f"`step` must be a number below 2**63, got {step:.20g}.")
     steps = [int(step) for step in given]
     if len(steps) < size:
         steps = list(range(steps[-1] - size + 1, steps[-1] + 1))
-    # Steps that are made up here are no mistake of the caller's.
+    # Only the steps that the user gave must rise.
     known = steps if len(given) == size else steps[-1:]
     known = [last.step, *known] if last else known
     for earlier, later in itertools.pairwise(known):
@@ -132,11 +132,11 @@ def _numbered(given: np.ndarray, size: int, last: Row | None) -> list[int]:
 
 
 def _nonfinite(norms: list[float], count: np.ndarray | None, last: Row | None) -> float:
-    """Updates since the last record that were not finite: those seen, or as many as counted."""
+    """Updates since the last record that were not finite: recorded ones, or as many as counted."""
     seen = sum(not math.isfinite(norm) for norm in norms)
     if count is None:
         return float(seen) if norms else math.nan
-    # The first count of a run that goes on from a checkpoint is an old one.
+    # After a restart from a checkpoint, the first count is an old one.
     before = last.values.get("nonfinite_count", count) if last else count[:1]
     return max(float(seen), float(count[-1] - before[-1]))
 
@@ -146,7 +146,7 @@ def _last_or_nan(values: Mapping[str, np.ndarray], key: str) -> float:
 
 
 def _min_median_max(values: Sequence[float]) -> tuple[float, float, float]:
-    """Of the finite ones; NaN where there is none."""
+    """Smallest, median and largest of the finite values; NaN if there are none."""
     finite = sorted(x for x in values if math.isfinite(x))
     if not finite:
         return math.nan, math.nan, math.nan

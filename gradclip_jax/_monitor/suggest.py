@@ -1,4 +1,4 @@
-"""Choose a limit from norms that were measured, and see how often others would have fired."""
+"""Choose a limit from measured norms, and count how often other limits would have fired."""
 
 import dataclasses
 import math
@@ -28,24 +28,24 @@ RULES_OF_THUMB = (
     RuleOfThumb("RNN, music", (8.0,), "Pascanu et al. 2013, arXiv 1211.5063"),
     RuleOfThumb("large LSTM, summed loss", (10.0,), "Zaremba et al. 2014, arXiv 1409.2329"),
 )
-"""Global norms, for losses on the scale of those models: a mean over tokens or steps, or a sum over
-the unrolled steps and a mean over the batch."""
+"""Limits on the global norm. The losses are means over tokens or steps, or, where the family says
+so, sums over the unrolled steps and means over the batch."""
 
 PERCENTILES = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9)
 
 
 @dataclasses.dataclass(frozen=True)
 class Suggestion:
-    """A limit, and what it rests on; `print` shows all of it.
+    """A limit, and the norms behind it; `print` shows all of it.
 
     Attributes:
       max_norm: The limit suggested, rounded to two digits.
       rate: Share of the norms above it, the clip rate to expect.
-      candidates: Limits in ascending order, each with its share; percentiles of the norms unless
-        others were given.
-      rules: Limits usual for families of models, each with source and shares on these norms.
+      candidates: Limits in ascending order, each with the share of norms above it; percentiles
+        of the norms by default.
+      rules: Usual limits of families of models, with their sources and the shares above them.
       count: Number of finite norms.
-      nonfinite: Number of norms that were NaN or infinite, and left out.
+      nonfinite: Number of NaN and infinite norms, which are left out.
       smallest, median, mean, largest: Of the finite norms.
     """
 
@@ -97,27 +97,23 @@ def suggest_max_norm(
        q_{0.5} \cdot \big( q_{0.5} / q_{0.16} \big)^{3} \Big) $$
 
     with the quantiles q of the norms and the clip rate r. The second term is three deviations
-    above the median of the logarithm, as its lower half tells, which spikes cannot move: it is
-    the smaller one where a part of the run had exploded.
+    above the median of the logarithm, with the deviation of its lower half, which spikes cannot
+    move. It is the smaller term when a part of the run has exploded.
 
-    Use it after some hundred steps with `max_norm=inf`, which measures and leaves all updates
-    untouched; or on norms of a clipped run, which are measured before the clip, but of another
-    trajectory. A limit is no part of the model: norms depend on the scale of the loss, on the
-    batch size and on how far training has come.
+    Use it after some hundred steps with `max_norm=None`, which measures and clips nothing.
 
     Args:
       norms: Non-negative norms, one for each step, in any shape: an array, a sequence, or
-        `Monitor.norms["grad_norm"]`. Those that are NaN or infinite are left out and counted.
-      rate: Share of the steps to be clipped, between 0 and 1; 0.05 is ours, and the 95th
-        percentile that `limits.percentile` follows.
-      candidates: Limits of which the clip rate is wanted; None for percentiles of the norms.
+        `Monitor.norms["grad_norm"]`. NaN and infinite norms are left out and counted.
+      rate: Share of the steps to clip, between 0 and 1. The default of 0.05 is ours.
+      candidates: Limits whose clip rates are wanted; None for percentiles of the norms.
 
     Returns:
-      A `monitor.Suggestion`; `print` shows it with limits usual for some families of models,
-      their sources, and how often they would have fired.
+      A `monitor.Suggestion`; `print` shows it beside usual limits of some families of models, with
+      their sources, and how often each would have fired.
 
     Raises:
-      ValueError: When there is no finite norm, one is negative, or `rate` is not in (0, 1).
+      ValueError: When no norm is finite, one is negative, or `rate` is not in (0, 1).
 
     >>> import gradclip_jax, numpy as np
     >>> norms = [1.0, 1.2, 0.8, 1.1, 10.0, 0.9, 1.0, np.nan, 1.3, 0.7]
@@ -127,8 +123,8 @@ def suggest_max_norm(
     >>> print(gradclip_jax.suggest_max_norm(norms, candidates=[0.5, 5.0]).candidates)
     ((0.5, 1.0), (5.0, 0.1111111111111111))
 
-    The range that `print` shows last, half to ten times the mean norm, is that of Pascanu,
-    Mikolov, Bengio, *On the difficulty of training recurrent neural networks*, ICML 2013,
+    The last row that `print` shows, half to ten times the mean norm, is from Pascanu, Mikolov,
+    Bengio, *On the difficulty of training recurrent neural networks*, ICML 2013,
     https://arxiv.org/abs/1211.5063, section 3.2; the formula is ours.
     """
     share = float(check_between_0_and_1("rate", rate))
@@ -146,14 +142,14 @@ def suggest_max_norm(
     else:
         wanted = check_candidates(candidates)
 
-    def fired(limit: float) -> float:
+    def rate_of(limit: float) -> float:
         return float(np.mean(finite > limit))
 
     return Suggestion(
         max_norm=limit,
-        rate=fired(limit),
-        candidates=tuple((limit, fired(limit)) for limit in sorted(set(wanted))),
-        rules=tuple((rule, tuple(map(fired, rule.max_norms))) for rule in RULES_OF_THUMB),
+        rate=rate_of(limit),
+        candidates=tuple((limit, rate_of(limit)) for limit in sorted(set(wanted))),
+        rules=tuple((rule, tuple(map(rate_of, rule.max_norms))) for rule in RULES_OF_THUMB),
         count=finite.size,
         nonfinite=values.size - finite.size,
         smallest=float(finite.min()),
@@ -183,7 +179,7 @@ class Fired:
 
 
 def fired_at(steps: np.ndarray, norms: np.ndarray, candidates: Sequence[float]) -> list[Fired]:
-    """A dry run of some limits over norms that were measured."""
+    """A dry run of some limits over measured norms."""
     finite = np.isfinite(norms)
     found = []
     for limit in check_candidates(candidates):
@@ -195,7 +191,7 @@ def fired_at(steps: np.ndarray, norms: np.ndarray, candidates: Sequence[float]) 
 
 
 def check_candidates(candidates: Sequence[float]) -> list[float]:
-    """Return limits that may be used; raise for others."""
+    """Return the limits as floats; raise for one that is not valid."""
     limits = [float(limit) for limit in candidates]
     for limit in limits:
         if not limit >= 0:
@@ -209,7 +205,7 @@ def rounded(x: float) -> float:
 
 
 def percent(share: float) -> str:
-    """A share as a table shows it: 5 %, 0.3 %, and no 0 % for what happened."""
+    """A share for a table: 5 %, 0.3 %, and never 0 % for what did happen."""
     hundredths = 100 * share
     if 0 < hundredths < 0.1:
         return "< 0.1 %"

@@ -15,7 +15,7 @@ def summarize(
     alerts: Sequence[Alert],
     loss_spikes: int,
 ) -> dict[str, Any]:
-    """What `Monitor.summary` says."""
+    """The dict that `Monitor.summary` returns."""
     return {
         "step": int(history["step"][-1]) if len(history["step"]) else None,
         "records": len(history["step"]),
@@ -34,7 +34,7 @@ def summarize(
 
 
 def step_reached(history: Mapping[str, np.ndarray], loss: float, records: int) -> int | None:
-    """The first step at which the median of so many losses is at most `loss`."""
+    """The first step at which the median of the last `records` losses is at most `loss`."""
     given = ~np.isnan(history["loss"])
     losses, steps = history["loss"][given], history["step"][given]
     if len(losses) < records:

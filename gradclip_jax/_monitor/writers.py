@@ -1,4 +1,4 @@
-"""Where a monitor's rows go: TensorBoard, CSV, JSON lines. Any callable of step and row serves."""
+"""Writers for the rows of a monitor: TensorBoard, CSV, JSON lines."""
 
 import csv
 import json
@@ -10,8 +10,8 @@ from typing import Any
 
 from .background import in_background
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""What a spreadsheet takes for the beginning of one."""
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+"""A spreadsheet takes a cell that begins so for a formula."""
 
 Writer = Callable[[int, dict[str, float]], Any]
 """`(step, row)`: the row has the columns of the history and whatever else was recorded."""
@@ -24,7 +24,7 @@ def to_tensorboard(directory: str | os.PathLike[str]) -> Writer:
     one warning says so, no further rows are written, and training goes on.
 
     Args:
-      directory: Where the event files go; it is made.
+      directory: Where the event files go; it is created.
 
     Raises:
       ImportError: Where tensorboardX is not installed.
@@ -36,32 +36,34 @@ def to_tensorboard(directory: str | os.PathLike[str]) -> Writer:
     """
     try:
         from tensorboardX import event_file_writer, record_writer, summary
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto import event_pb2
     except ImportError as error:
         raise ImportError(
             "`to_tensorboard` needs tensorboardX: `pip install 'gradclip-jax[tensorboard]'`."
         ) from error
-    # Not a `SummaryWriter`: when its thread has died, of a full disk, its queue fills and blocks.
+    # Not a `SummaryWriter`: when a full disk ends its thread, its queue fills and blocks.
     record_writer.directory_check(os.fspath(directory))
+    messages: Any = event_pb2  # generated code, whose names pyright does not see
     events = event_file_writer.EventsWriter(os.path.join(directory, "events"))
 
     def write(step: int, row: dict[str, float], wall_time: float) -> None:
         for key, value in row.items():
             if math.isfinite(value):
                 scalar = summary.scalar(key, value)
-                events.write_event(Event(step=step, wall_time=wall_time, summary=scalar))
+                event = messages.Event(step=step, wall_time=wall_time, summary=scalar)
+                events.write_event(event)
 
     return in_background("to_tensorboard", write, events.flush)
 
 
 def to_csv(path: str | os.PathLike[str]) -> Writer:
-    """Append rows to a CSV file: `step` and the keys of the first row, NaN for what is missing.
+    """Append rows to a CSV file: `step` and the keys of the first row, NaN for missing numbers.
 
-    Names are quoted as RFC 4180 says. One that a spreadsheet would take for a formula, as it begins
-    with `=`, `+`, `-`, `@`, a tab or a carriage return, gets an apostrophe in front.
+    Names are quoted as in RFC 4180. An apostrophe precedes a name that a spreadsheet would take for
+    a formula, because it begins with `=`, `+`, `-`, `@`, a tab or a carriage return.
 
     Raises:
-      ValueError: For a file that has other columns.
+      ValueError: For a file that has other columns, when the first row is written.
 
     >>> import gradclip_jax, pathlib, tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
@@ -78,7 +80,7 @@ def to_csv(path: str | os.PathLike[str]) -> Writer:
     def write(step: int, row: dict[str, float]) -> None:
         if not columns:
             keys = sorted(row)
-            header = ["step", *("'" * key.startswith(FORMULA) + key for key in keys)]
+            header = ["step", *("'" * key.startswith(FORMULA_STARTS) + key for key in keys)]
             known = _header(place)
             if known and known != header:
                 raise ValueError(
@@ -96,7 +98,7 @@ def to_csv(path: str | os.PathLike[str]) -> Writer:
 
 
 def _header(place: Path) -> list[str]:
-    """The names in a CSV file, which may be quoted and longer than a line; none without a file."""
+    """The column names of a CSV file, empty if there is none; a quoted name may span lines."""
     if not place.exists():
         return []
     with place.open(encoding="utf-8", newline="") as file:
@@ -104,7 +106,7 @@ def _header(place: Path) -> list[str]:
 
 
 def to_json_lines(path: str | os.PathLike[str]) -> Writer:
-    """Append rows to a file, each a JSON object in a line; null for what is not finite.
+    """Append rows to a file, a JSON object per line; null for NaN and infinity.
 
     >>> import gradclip_jax, json, pathlib, tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
