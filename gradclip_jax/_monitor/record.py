@@ -19,7 +19,7 @@ def fetch_record(
     step: Any, metrics: Mapping[str, Any], loss: Any, update_norm: Any, *, has_writers: bool
 ) -> Fetch:
     """Begin to copy the numbers of a record to the host."""
-    _check_order(step, metrics)
+    _check_step_first(step, metrics)
     given = {key: value for key, value in metrics.items() if value is not None}
     extra = {"loss": loss, "update_norm": update_norm, "step": step}
     given |= {key: value for key, value in extra.items() if value is not None}
@@ -40,7 +40,7 @@ def fetch_record(
     return fetch
 
 
-def _check_order(step: Any, metrics: Any) -> None:
+def _check_step_first(step: Any, metrics: Any) -> None:
     if isinstance(metrics, Mapping) and step is not None and not isinstance(step, Mapping):
         return
     if step is None or isinstance(step, Mapping):

@@ -29,7 +29,7 @@ def test_blocks_run_in_order(page, capsys, standard_promotion):
     assert len(python) == page.read_text().count("```python")
     for block in python:
         exec(compile(block, page.name, "exec"), namespace)
-        promised = re.findall(r"# -> (.*)$", block, flags=re.MULTILINE)
+        promised = re.findall(r"# -> ?(.*)$", block, flags=re.MULTILINE)
         printed = capsys.readouterr().out.splitlines()
         assert printed == promised
 
