@@ -4,9 +4,9 @@ Docstrings are written to be read in an editor: sections as in Google's style, `
 Markdown, equations between `$$`, tables with `|`. Sphinx reads reStructuredText.
 """
 
+import inspect
 import re
 import textwrap
-from types import ModuleType
 from typing import Any
 
 from docutils import nodes
@@ -105,7 +105,7 @@ def table(text: str, indent: str) -> str:
 
 
 class LinkPublicNames(SphinxPostTransform):
-    """Let `clip_by_norm` and `clip_by_norm(1.0)` in any text lead to the reference."""
+    """Let `clip_by_norm`, `clip_by_norm(1.0)` and `per_example.clip` lead to the reference."""
 
     default_priority = 5  # before Sphinx resolves references
 
@@ -132,11 +132,10 @@ def is_public(name: str) -> bool:
     owner, _, member = name.partition(".")
     if name.startswith("_") or not hasattr(gradclip_jax, owner):
         return False
-    value = getattr(gradclip_jax, owner)
-    is_module = isinstance(value, ModuleType)
-    if not member:
-        return not is_module
-    return (is_module or owner == "Monitor") and hasattr(value, member)
+    found = getattr(gradclip_jax, owner)
+    return not member or (
+        (inspect.ismodule(found) or owner == "Monitor") and hasattr(found, member)
+    )
 
 
 def inside(node: nodes.Node) -> bool:

@@ -41,9 +41,8 @@ def imports(file: Path) -> tuple[set[str], set[str]]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             up = len(file.relative_to(PACKAGE).parts) - node.level
-            above = file.relative_to(PACKAGE).parts[:up]
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            inside |= {[*above, *name.split(".")][0] for name in names}
+            path = [*file.relative_to(PACKAGE).parts[:up], *(node.module or "").split(".")]
+            inside |= {path[0]} if path[0] else {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             outside.add((node.module or "").split(".")[0])
         elif isinstance(node, ast.Import):
