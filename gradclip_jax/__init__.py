@@ -2,7 +2,7 @@
 
 import importlib.metadata as _metadata
 
-from . import monitor as monitor
+from . import balls as balls, limits as limits, monitor as monitor, responses as responses
 from ._backward import clip_cotangent as clip_cotangent
 from ._clip import clip_norms as clip_norms, clip_to_limit as clip_to_limit
 from ._given import given_norm as given_norm

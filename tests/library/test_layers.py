@@ -23,7 +23,7 @@ LAYERS = [
     {"_guards", "_backward", "_per_example", "_strategies"},
     {"_metrics", "_upgrade"},
     {"_monitor", "_interop"},
-    {"monitor"},
+    {"balls", "limits", "monitor", "responses"},
     {"__init__"},
 ]
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}

@@ -51,7 +51,7 @@ def placed(values, mesh, specs=SPECS):
     return {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in values.items()}
 
 
-def lerp(compiled, numbers=1):
+def moved(compiled, numbers=1):
     """Sizes of the operands of all collectives, apart from sums of at most so many numbers."""
     # By operand: XLA combines some of what is independent.
     operands = [(one.kind, size) for one in collectives(compiled.as_text()) for size in one.sizes]
@@ -81,7 +81,7 @@ def test_no_strategy_reshards(strategy, kind):
         updates, params = placed(tree(), mesh), placed(tree(1, 1.0), mesh)
         compiled = jax.jit(update).lower(updates, clip.init(params), params).compile()
     assert collectives(compiled.as_text())
-    assert not lerp(compiled, MOST_UNITS if strategy.units else 1)
+    assert not moved(compiled, MOST_UNITS if strategy.units else 1)
     assert_placed_like(compiled.output_shardings[0], updates)
     # With explicit axes the sharding is in the type: those of updates and state are kept.
     assert types["in"] == types["out"]
@@ -135,7 +135,7 @@ def test_units_split_over_automatic_axes_within_shard_map_are_not_gathered(kind)
         program = compiled(update)
         # Before 0.12, jax gathers leaves with explicit axes at the border of such a region.
         without = compiled(lambda updates: jax.tree.map(lambda x: 2 * x, updates))
-        assert lerp(program, 3 * MOST_UNITS) == lerp(without)
+        assert moved(program, 3 * MOST_UNITS) == moved(without)
         result = program(placed(updates, mesh))
     expected = one_device.update(updates, one_device.init(updates))[0]
     for name, leaf in result.items():
@@ -190,10 +190,10 @@ def test_a_training_step_moves_the_same_with_a_clip_and_without(kind, standard_p
         return program
 
     # At most the norms of the twelve columns of `in` that are on one device.
-    without = lerp(compiled(), 12)
+    without = moved(compiled(), 12)
     assert any(kind != "all-reduce" for kind, _ in without)
     clips = gradclip_jax.clip_by_global_norm(0.5), gradclip_jax.adaptive_grad_clip(0.5)
-    assert lerp(compiled(*clips), 12) == without
+    assert moved(compiled(*clips), 12) == without
 
 
 def test_what_no_axis_divides_is_clipped_where_it_is(mesh_2d):
@@ -211,5 +211,5 @@ def test_what_no_axis_divides_is_clipped_where_it_is(mesh_2d):
 
     program = compiled(lambda grads: clip.update(grads, clip.init(grads))[0])
     # What leaves the program is gathered, with a clip and without: jax has no such arrays outside.
-    assert lerp(program, 7) == lerp(compiled(lambda grads: 2 * grads))
+    assert moved(program, 7) == moved(compiled(lambda grads: 2 * grads))
     np.testing.assert_allclose(program(x), x / np.linalg.norm(x, axis=0), rtol=2e-6)
