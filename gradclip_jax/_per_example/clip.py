@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._devices import mesh_of
 from .._leaves import is_gradient
 from .._norms import global_norm
 from .._rescale import Response, shrink
@@ -22,6 +21,7 @@ from .rule import (
     factors_of_examples,
     zeros_for,
 )
+from .sharding import mesh_of
 
 
 def per_example_clip(

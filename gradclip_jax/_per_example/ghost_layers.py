@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._devices import out_sharding_of
 from .._leaves import widen
 from .._safe import safe_power
 from .rule import column
+from .sharding import out_sharding_of
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _BLOCK = 64

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._checks import check_threshold
-from .._devices import out_sharding_of
 from .._leaves import GroupNorms, broadcast_norms, norm_dtype, widen
 from .._norms import global_norm, norms_of_examples
 from .._rescale import Response, factors, shrink
+from .sharding import out_sharding_of
 
 Share = Callable[[Sequence[int]], Sequence[float]]
 """From the numbers of elements of the groups to their shares of the squared limit, of sum 1."""

@@ -13,9 +13,6 @@ from .._checks import check_above, check_whole_number
 from .._devices import (
     axis_size,
     manual_axes,
-    mesh_of,
-    replicate_axis0,
-    shards_of_axis0,
     sum_over_devices,
     varying_along,
     varying_axes,
@@ -41,6 +38,7 @@ from .rule import (
     factors_of_examples,
     zeros_for,
 )
+from .sharding import mesh_of, replicate_axis0, shards_of_axis0
 
 _TRACED = ("max_norm", "mask", "user_ids")
 

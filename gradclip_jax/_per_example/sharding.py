@@ -1,0 +1,55 @@
+"""Examples that explicit mesh axes split: what `vmap` and a sum over examples need to know."""
+
+import contextlib
+import math
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.sharding import PartitionSpec
+
+
+def mesh_of(tree: Any) -> contextlib.AbstractContextManager[Any]:
+    """A context in which the explicit mesh of these arrays is set, if no mesh is.
+
+    Without it jax refuses `vmap` over a dimension that is split.
+    """
+    leaves = jax.tree.leaves(tree)
+    split = [x for x in leaves if not jax.typeof(x).sharding.mesh.empty]
+    if not split or not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    if any(isinstance(x, Tracer) for x in leaves):
+        return jax.sharding.use_abstract_mesh(jax.typeof(split[0]).sharding.mesh)
+    return jax.set_mesh(split[0].sharding.mesh)
+
+
+def shards_of_axis0(x: Any) -> int:
+    """Into how many parts explicit mesh axes split the first dimension."""
+    sharding = jax.typeof(x).sharding
+    return math.prod(sharding.mesh.shape[name] for name in _axis_names(sharding.spec[:1]))
+
+
+def replicate_axis0(x: jax.Array) -> jax.Array:
+    """`x`, its first dimension no longer split by explicit mesh axes."""
+    sharding = jax.typeof(x).sharding
+    if shards_of_axis0(x) == 1:
+        return x
+    spec = PartitionSpec(None, *sharding.spec[1:])
+    return jax.sharding.reshard(x, sharding.update(spec=spec))
+
+
+def out_sharding_of(x: jax.Array, *dimensions: tuple[jax.Array, int]) -> Any:
+    """The `out_sharding` of an array whose dimensions are split as these dimensions of arrays.
+
+    The explicit mesh axes are those of `x`; None if it has none: then the compiler decides.
+    """
+    sharding = jax.typeof(x).sharding
+    if not _axis_names(sharding.spec):
+        return None
+    entries = [jax.typeof(other).sharding.spec[dim] for other, dim in dimensions]
+    return sharding.update(spec=PartitionSpec(*entries))
+
+
+def _axis_names(entries: Any) -> list[str]:
+    """The mesh axes in entries of a PartitionSpec: each is None, a name or names."""
+    return jax.tree.leaves(tuple(entries))
