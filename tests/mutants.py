@@ -558,7 +558,7 @@ GUARDS = [
 PER_EXAMPLE = [
     Mutant(
         "the mean divides by examples that do not count, too",
-        "_per_example/value_and_grad.py",
+        "_per_example/call.py",
         "divisor = seen.example_count if mean_of is None",
         "divisor = count if mean_of is None",
         ("per_example",),
@@ -572,7 +572,7 @@ PER_EXAMPLE = [
     ),
     Mutant(
         "examples that fill the last micro-batch count twice",
-        "_per_example/value_and_grad.py",
+        "_per_example/microbatches.py",
         "(jnp.arange(steps * size) < count).reshape(size, steps) & columns(real)",
         "columns(real)",
         ("per_example",),

@@ -12,8 +12,8 @@ from .._export import exportable
 from .._leaves import is_gradient, norm_dtype, widen
 from .._limits.running_quantile import running_quantile
 from .._state import check_type
+from .call import PerExample
 from .rule import check_in_range, check_max_norm
-from .value_and_grad import PerExample
 
 
 @exportable

@@ -1,12 +1,42 @@
-"""Examples that explicit mesh axes split: what `vmap` and a sum over examples need to know."""
+"""Mesh axes: along which the batch varies, and what `vmap` needs to know of explicit ones."""
 
 import contextlib
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
+
+from .._devices import axis_size, manual_axes, varying_axes, vma_checked
+from .._leaves import path_name
+
+
+class BatchAxes(NamedTuple):
+    """Mesh axes along which types say that the batch varies, and those to sum over."""
+
+    varying: frozenset[str]
+    summed: tuple[str, ...]
+
+
+def batch_axes(params: Any, others: Any, axis_name: Any) -> BatchAxes:
+    named = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
+    if vma_checked():
+        for path, leaf in jax.tree.leaves_with_path(params):
+            if varying_axes(leaf):
+                raise ValueError(
+                    f"parameters must be replicated inside `shard_map`, but `{path_name(path)}` "
+                    f"varies along {sorted(varying_axes(leaf))}. Under `jit` they may be split."
+                )
+        varying = frozenset().union(*map(varying_axes, jax.tree.leaves(others)))
+        return BatchAxes(varying, tuple(sorted(varying)))
+    if axis_name is None and manual_axes():
+        raise ValueError(
+            "`axis_name` must be given inside `pmap`, or `shard_map` with `check_vma=False`: the "
+            "mesh axes along which the batch is split, or `()`."
+        )
+    axis_size(named)
+    return BatchAxes(frozenset(), tuple(named))
 
 
 def mesh_of(tree: Any) -> contextlib.AbstractContextManager[Any]:

@@ -1,8 +1,6 @@
-"""The gradient of a sum of clipped gradients of examples, in micro-batches."""
+"""The public call: `jax.value_and_grad` of a sum over examples, each gradient clipped."""
 
 import functools
-import math
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -10,35 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import check_above, check_whole_number
-from .._devices import (
-    axis_size,
-    manual_axes,
-    sum_over_devices,
-    varying_along,
-    varying_axes,
-    varying_like,
-    vma_checked,
-)
+from .._devices import sum_over_devices, varying_along
 from .._export import exportable
-from .._leaves import norm_dtype, path_name, widen
+from .._leaves import norm_dtype
 from .._norms import global_norm
 from .._rescale import Response, shrink
 from .ghost import ghost_gradients
-from .rule import (
-    ExampleFactors,
-    Rule,
-    Share,
-    add_scaled,
-    array_norms,
-    check_in_range,
-    check_mask,
-    check_max_norm,
-    column,
-    equal_shares,
-    factors_of_examples,
-    zeros_for,
-)
-from .sharding import mesh_of, replicate_axis0, shards_of_axis0
+from .microbatches import Clipping, over_examples
+from .modules import Argument, flax_nnx, split_argument
+from .rule import Rule, Share, check_in_range, check_mask, check_max_norm, equal_shares
+from .sharding import batch_axes, mesh_of, replicate_axis0
+from .users import check_user_ids, over_users
 
 _TRACED = ("max_norm", "mask", "user_ids")
 
@@ -222,19 +202,20 @@ def clipped_value_and_grad(
         limit = given if traced["max_norm"] is None else check_max_norm(traced["max_norm"])
         which = dict(zip(positions, diff, strict=True))
         arguments = [
-            _split(arg, which[i]) if i in which else _Split(arg) for i, arg in enumerate(args)
+            split_argument(arg, which[i]) if i in which else Argument(arg)
+            for i, arg in enumerate(args)
         ]
         batch = [jax.tree.map(jnp.asarray, args[i]) for i in batched]
         count = _length(batch, batched)
         real = check_mask(traced["mask"], count)
-        ids = _check_ids(traced["user_ids"], count)
+        ids = check_user_ids(traced["user_ids"], count)
         several = isinstance(argnums, tuple | list)
         pieces = tuple(arguments[i].params for i in positions)
         params = jax.tree.map(_as_array, pieces if several else pieces[0])
         if count == 0:
             names = {"max_norm": traced["max_norm"], "user_ids": ids}
             return _of_no_example(value_and_grad, args, {**kwargs, **names}, batched, params)
-        axes = _mesh_axes(params, [batch, real, ids, limit, kwargs], axis_name)
+        axes = batch_axes(params, [batch, real, ids, limit, kwargs], axis_name)
 
         def value_of(
             params: Any, example: Sequence[Any], prepare: Callable[[Any], None] | None = None
@@ -257,8 +238,8 @@ def clipped_value_and_grad(
         direct = ids is not None or several or pre_clip is not None
         if ghost and not direct and arguments[positions[0]].graph is not None:
             one = jax.tree.map(lambda x: replicate_axis0(x)[0], batch)
-            each = ghost_gradients(_flax(), value_of, params, one)
-        clip = _Clipping(
+            each = ghost_gradients(flax_nnx(), value_of, params, one)
+        clip = Clipping(
             each=functools.partial(_direct, value_of) if each is None else each,
             params=params,
             max_norm=limit,
@@ -272,9 +253,9 @@ def clipped_value_and_grad(
         size = count if microbatch_size is None else min(microbatch_size, count)
         with mesh_of((params, batch)):
             if ids is None:
-                sums = _over_examples(clip, batch, real, size)
+                sums = over_examples(clip, batch, real, size)
             else:
-                sums = _over_users(clip, batch, real, ids, size)
+                sums = over_users(clip, batch, real, ids, size)
         # The one place where devices meet.
         value, totals, counts = sum_over_devices(sums.summed, axes.summed)
         seen = PerExample(*counts, norms=sums.norms, aux=sums.aux)
@@ -333,57 +314,6 @@ def _direct(value_of: Callable[..., Any], params: Any, examples: Any) -> Any:
     return result, grads
 
 
-class _Split(NamedTuple):
-    """An argument: as it is, or the parameters of the modules in it, and the rest of them."""
-
-    params: Any
-    graph: Any = None
-    rest: Any = None
-    wrt: Any = None
-
-    def merged(self, params: Any) -> Any:
-        if self.graph is None:
-            return params
-        # Mapped, its variables are new ones, which belong to the trace that runs now.
-        return _flax().merge(self.graph, params, jax.tree.map(lambda x: x, self.rest))
-
-    def check_unchanged(self, merged: Any) -> None:
-        """Raise when the loss changed the state of a module: of which example should it be?"""
-        if self.graph is None:
-            return
-        before = jax.tree.leaves_with_path(self.rest)
-        after = jax.tree.leaves(_flax().split(merged, self.wrt, ...)[2])
-        changed = [path for (path, old), new in zip(before, after, strict=False) if old is not new]
-        if changed or len(before) != len(after):
-            names = ", ".join(f"`{path_name(path)}`" for path in changed) or "its structure"
-            raise ValueError(
-                f"`loss` must leave the state of a module as it is, but changes {names}: each "
-                "example has its own. For batch statistics call `model.eval()`; for dropout pass "
-                "one key for each example with the batch: `model(x, rngs=nnx.Rngs(key))`; for "
-                "`nnx.RNN` pass `initial_carry`."
-            )
-
-
-def _flax() -> Any:
-    """`flax.nnx` where someone imported it, or None: without it there are no modules."""
-    return sys.modules.get("flax.nnx")
-
-
-def _split(argument: Any, which: Any) -> _Split:
-    nnx = _flax()
-    if nnx is None:
-        return _Split(argument)
-
-    def is_module(x: Any) -> bool:
-        return isinstance(x, nnx.Pytree)
-
-    if not any(map(is_module, jax.tree.leaves(argument, is_leaf=is_module))):
-        return _Split(argument)
-    wrt = getattr(which, "filter", nnx.Param)
-    graph, params, rest = nnx.split(argument, wrt, ...)
-    return _Split(params, graph, rest, wrt)
-
-
 def _positions(name: str, given: Sequence[Any], count: int) -> list[int]:
     whole = all(isinstance(i, int) and not isinstance(i, bool) for i in given)
     if not whole or not all(-count <= i < count for i in given):
@@ -424,183 +354,3 @@ def _length(batch: Sequence[Any], batched: Sequence[int]) -> int:
             "keyword."
         )
     return lengths.pop()[0]
-
-
-def _check_ids(ids: Any, count: int) -> Any:
-    if ids is None:
-        return None
-    ids = jnp.asarray(ids)
-    if ids.shape != (count,) or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(
-            f"`user_ids` must be one whole number for each of {count} examples, "
-            f"got {ids.dtype}{list(ids.shape)}."
-        )
-    return ids
-
-
-class _Axes(NamedTuple):
-    """Mesh axes along which types say that the batch varies, and those to sum over."""
-
-    varying: frozenset[str]
-    summed: tuple[str, ...]
-
-
-def _mesh_axes(params: Any, others: Any, axis_name: Any) -> _Axes:
-    named = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
-    if vma_checked():
-        for path, leaf in jax.tree.leaves_with_path(params):
-            if varying_axes(leaf):
-                raise ValueError(
-                    f"parameters must be replicated inside `shard_map`, but `{path_name(path)}` "
-                    f"varies along {sorted(varying_axes(leaf))}. Under `jit` they may be split."
-                )
-        varying = frozenset().union(*map(varying_axes, jax.tree.leaves(others)))
-        return _Axes(varying, tuple(sorted(varying)))
-    if axis_name is None and manual_axes():
-        raise ValueError(
-            "`axis_name` must be given inside `pmap`, or `shard_map` with `check_vma=False`: the "
-            "mesh axes along which the batch is split, or `()`."
-        )
-    axis_size(named)
-    return _Axes(frozenset(), tuple(named))
-
-
-class _Clipping(NamedTuple):
-    """What both ways through a batch need."""
-
-    each: Callable[..., Any]
-    params: Any
-    max_norm: Any
-    rule: Rule
-    pre_clip: Callable[[Any], Any] | None
-    average_users: bool
-    return_norms: bool
-    axes: frozenset[str]
-
-    def zeros(self) -> list[jax.Array]:
-        pairs = zip(zeros_for(self.params), jax.tree.leaves(self.params), strict=True)
-        return [varying_like(zero, leaf) for zero, leaf in pairs]
-
-    def add(
-        self, totals: list[jax.Array], grads: Any, real: jax.Array
-    ) -> tuple[Any, ExampleFactors]:
-        sizes = [leaf.size for leaf in jax.tree.leaves(self.params)]
-        if self.pre_clip is not None:
-            before, grads = grads, jax.vmap(self.pre_clip)(grads)
-            _check_same(before, grads)
-        held = factors_of_examples(array_norms(grads), sizes, real, self.max_norm, self.rule)
-        return add_scaled(totals, grads, held), held
-
-
-def _check_same(before: Any, after: Any) -> None:
-    shapes = [[leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (before, after)]
-    if jax.tree.structure(before) != jax.tree.structure(after) or shapes[0] != shapes[1]:
-        found = [[list(shape[1:]) for shape in of_tree] for of_tree in shapes]
-        raise ValueError(
-            "`pre_clip` must return a tree of the structure and shapes that it got: it got arrays "
-            f"of shapes {found[0]} and returned {found[1]}."
-        )
-
-
-class _Sums(NamedTuple):
-    """What one device found: what is summed over devices, and what is not."""
-
-    summed: tuple[Any, ...]
-    norms: Any
-    aux: Any
-
-
-def _over_examples(clip: _Clipping, batch: Any, real: jax.Array, size: int) -> _Sums:
-    count = real.size
-    steps = math.ceil(count / size)
-    if size % max(map(shards_of_axis0, jax.tree.leaves(batch))) or steps * size > count:
-        batch, real = jax.tree.map(replicate_axis0, (batch, real))
-
-    def columns(x: jax.Array) -> jax.Array:
-        # Column s is micro-batch s: it has as many examples of each device that holds a part.
-        padded = jnp.concatenate([x, x[: steps * size - count]]) if steps * size > count else x
-        return padded.reshape(size, steps, *x.shape[1:])
-
-    table = jax.tree.map(columns, batch)
-    counts = (jnp.arange(steps * size) < count).reshape(size, steps) & columns(real)
-
-    def step(totals: list[jax.Array], number: jax.Array) -> tuple[Any, Any]:
-        examples, real = jax.tree.map(
-            lambda x: jax.lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False),
-            (table, counts),
-        )
-        (values, aux), grads = clip.each(clip.params, examples)
-        totals, held = clip.add(totals, grads, real)
-        seen = (jnp.sum(real, dtype=jnp.int32), held.above, held.nonfinite)
-        return totals, (_total(values, real), seen, held.norms if clip.return_norms else None, aux)
-
-    totals, (values, seen, norms, aux) = _scan(step, clip.zeros(), jnp.arange(steps))
-    norms, aux = jax.tree.map(
-        lambda x: jnp.swapaxes(x, 0, 1).reshape(steps * size, *x.shape[2:])[:count], (norms, aux)
-    )
-    seen = jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), seen)
-    return _Sums((jnp.sum(values), totals, seen), norms, aux)
-
-
-def _over_users(clip: _Clipping, batch: Any, real: jax.Array, ids: jax.Array, size: int) -> _Sums:
-    """The same, but the gradients of a user are summed before; who is not done is carried on."""
-    count = real.size
-    steps = math.ceil(count / size)
-    batch, real, ids = jax.tree.map(replicate_axis0, (batch, real, ids))
-    order = jnp.lexsort((ids, ~real))
-    padded = jnp.concatenate([order, order[: steps * size - count]]).reshape(steps, size)
-    counts = (jnp.arange(steps * size) < count).reshape(steps, size) & real[padded]
-
-    def close(totals: Any, sums: list[jax.Array], numbers: jax.Array, done: jax.Array) -> Any:
-        if clip.average_users:
-            sums = [x / column(jnp.maximum(numbers, 1), x) for x in sums]
-        here = done & (numbers > 0)
-        totals, held = clip.add(totals, jax.tree.structure(clip.params).unflatten(sums), here)
-        return totals, (here, held.above, held.nonfinite, held.norms)
-
-    def step(carry: Any, row: Any) -> tuple[Any, Any]:
-        totals, open_sums, open_number, open_id = carry
-        index, real = row
-        (values, aux), grads = clip.each(clip.params, jax.tree.map(lambda x: x[index], batch))
-        here = ids[index]
-        before = jnp.concatenate([open_id[None], here[:-1]])
-        user = jnp.cumsum(here != before)  # 0 for the one that was not done
-        by_user = functools.partial(
-            jax.ops.segment_sum, segment_ids=user, num_segments=size + 1, indices_are_sorted=True
-        )
-        leaves = [widen(leaf) for leaf in jax.tree.leaves(grads)]
-        kept = [jnp.where(column(real, leaf), leaf, 0) for leaf in leaves]
-        pairs = zip(kept, open_sums, strict=True)
-        sums = [by_user(leaf).at[0].add(carried) for leaf, carried in pairs]
-        numbers = by_user(real.astype(jnp.int32)).at[0].add(open_number)
-        last = user[-1]
-        totals, seen = close(totals, sums, numbers, jnp.arange(size + 1) < last)
-        carry = totals, [x[last] for x in sums], numbers[last], here[-1]
-        return carry, (_total(values, real), seen, aux)
-
-    zero = varying_along(jnp.zeros((), jnp.int32), clip.axes)
-    start = (clip.zeros(), clip.zeros(), zero, varying_along(ids[order[0]], clip.axes))
-    carry, (values, seen, aux) = _scan(step, start, (padded, counts))
-    totals, sums, number, _ = carry
-    totals, last = close(totals, [x[None] for x in sums], number[None], jnp.ones(1, bool))
-    joined = jax.tree.map(lambda x, y: jnp.concatenate([x.ravel(), y.ravel()]), seen, last)
-    users, above, nonfinite, norms = joined
-    place = jnp.where(users, jnp.cumsum(users) - 1, count)
-    norms = jax.tree.map(lambda x: jnp.zeros_like(x[:count]).at[place].set(x, mode="drop"), norms)
-    back = jnp.argsort(order)
-    aux = jax.tree.map(lambda x: x.reshape(steps * size, *x.shape[2:])[back], aux)
-    found = jax.tree.map(lambda x: jnp.sum(x, dtype=jnp.int32), (users, above, nonfinite))
-    return _Sums((jnp.sum(values), totals, found), norms if clip.return_norms else None, aux)
-
-
-def _scan(step: Callable[..., Any], start: Any, rows: Any) -> tuple[Any, Any]:
-    """`jax.lax.scan`, but one step is no loop: XLA on CPU runs convolutions slowly inside one."""
-    if len(jax.tree.leaves(rows)[0]) > 1:
-        return jax.lax.scan(step, start, rows)
-    # One program, as the loop would be, where nothing around compiles it.
-    last, seen = jax.jit(step, inline=True)(start, jax.tree.map(lambda x: x[0], rows))
-    return last, jax.tree.map(lambda x: x[None], seen)
-
-
-def _total(values: jax.Array, real: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(real, widen(values), 0))
