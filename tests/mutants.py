@@ -566,15 +566,15 @@ PER_EXAMPLE = [
     Mutant(
         "the mask is ignored in the sum of the gradients",
         "_per_example/rule.py",
-        "keep = real & finite",
+        "keep = mask & finite",
         "keep = finite",
         ("per_example",),
     ),
     Mutant(
         "examples that fill the last micro-batch count twice",
         "_per_example/microbatches.py",
-        "(jnp.arange(steps * size) < count).reshape(size, steps) & columns(real)",
-        "columns(real)",
+        "(jnp.arange(steps * size) < count).reshape(size, steps) & in_columns(mask)",
+        "in_columns(mask)",
         ("per_example",),
     ),
     Mutant(
@@ -622,8 +622,8 @@ PER_EXAMPLE = [
     Mutant(
         "a ghost norm that rounding may make too small",
         "_per_example/ghost_layers.py",
-        "lost = unit * (chain + 2 * positions + 8)",
-        "lost = 0 * chain",
+        "lost = unit * (roundings + 2 * positions + 8)",
+        "lost = 0 * roundings",
         ("ghost",),
     ),
 ]

@@ -207,7 +207,7 @@ def clipped_value_and_grad(
         ]
         batch = [jax.tree.map(jnp.asarray, args[i]) for i in batched]
         count = _length(batch, batched)
-        real = check_mask(traced["mask"], count)
+        mask = check_mask(traced["mask"], count)
         ids = check_user_ids(traced["user_ids"], count)
         several = isinstance(argnums, tuple | list)
         pieces = tuple(arguments[i].params for i in positions)
@@ -215,7 +215,7 @@ def clipped_value_and_grad(
         if count == 0:
             names = {"max_norm": traced["max_norm"], "user_ids": ids}
             return _of_no_example(value_and_grad, args, {**kwargs, **names}, batched, params)
-        axes = batch_axes(params, [batch, real, ids, limit, kwargs], axis_name)
+        axes = batch_axes(params, [batch, mask, ids, limit, kwargs], axis_name)
 
         def value_of(
             params: Any, example: Sequence[Any], prepare: Callable[[Any], None] | None = None
@@ -249,14 +249,14 @@ def clipped_value_and_grad(
             return_norms=return_norms,
             axes=axes.varying,
         )
-        real = varying_along(real, axes.varying)
+        mask = varying_along(mask, axes.varying)
         size = count if microbatch_size is None else min(microbatch_size, count)
         with mesh_of((params, batch)):
             if ids is None:
-                sums = over_examples(clip, batch, real, size)
+                sums = over_examples(clip, batch, mask, size)
             else:
-                sums = over_users(clip, batch, real, ids, size)
-        # The one place where devices meet.
+                sums = over_users(clip, batch, mask, ids, size)
+        # The only collective.
         value, totals, counts = sum_over_devices(sums.summed, axes.summed)
         seen = PerExample(*counts, norms=sums.norms, aux=sums.aux)
         if reduction == "mean":

@@ -1,4 +1,4 @@
-"""Clip gradients of examples that are at hand, and add them up."""
+"""Clip gradients of examples that exist already, and add them up."""
 
 import functools
 from collections.abc import Callable
@@ -84,20 +84,21 @@ def per_example_clip(
             f"got {', '.join(found) or 'none'}."
         )
     ((count,),) = counts
-    real = check_mask(mask, count)
+    mask = check_mask(mask, count)
     with mesh_of(grads):
-        return _clipped(grads, max_norm, real, rule=Rule(measure, share, response), dtype=dtype)
+        return _sum_clipped(grads, max_norm, mask, rule=Rule(measure, share, response), dtype=dtype)
 
 
 # Called eagerly this is one cached program for each tree structure; inside a trace it inlines.
 @functools.partial(jax.jit, static_argnames=("rule", "dtype"), inline=True)
-def _clipped(grads, max_norm, real, *, rule, dtype):
+def _sum_clipped(
+    grads: Any, max_norm: Any, mask: jax.Array, *, rule: Rule, dtype: Any
+) -> tuple[Any, Any]:
     leaves, treedef = jax.tree.flatten(grads)
     zeros = zeros_for([jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in leaves])
-    held = factors_of_examples(
-        array_norms(grads), [zero.size for zero in zeros], real, max_norm, rule
-    )
-    pairs = zip(add_scaled(zeros, grads, held), leaves, strict=True)
+    sizes = [zero.size for zero in zeros]
+    factors = factors_of_examples(array_norms(grads), sizes, mask, max_norm, rule)
+    pairs = zip(add_scaled(zeros, grads, factors), leaves, strict=True)
     cast = [total.astype(leaf.dtype if dtype is None else dtype) for total, leaf in pairs]
-    clipped = jax.tree.map(lambda above: above + held.nonfinite, held.above)
+    clipped = jax.tree.map(lambda above: above + factors.nonfinite, factors.above)
     return treedef.unflatten(cast), clipped

@@ -1,7 +1,7 @@
-"""Ghost gradients: those of an example as two factors, whose product is never formed.
+"""Ghost clipping: the gradient of an example stays two factors, whose product is never formed.
 
-A layer is seen at each call: its input is one factor, and the other is the derivative with respect
-to a zero that is added to its output. Its own parameter is not differentiated.
+A layer is watched at each call: its input is one factor, and the other is the derivative with
+respect to a zero that is added to its output. Its own parameter is not differentiated.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jax.extend import core
 
 from .._devices import varying_along, varying_axes
 from .._leaves import path_name
-from .ghost_layers import Inputs, Kind, is_plain, kinds, pays, rows
+from .ghost_layers import Inputs, Kind, as_matrix, is_plain, kinds, pays
 
 _CELLS = ("SimpleCell", "LSTMCell", "OptimizedLSTMCell", "GRUCell")
 
@@ -35,27 +35,27 @@ class _Site:
 def ghost_gradients(
     nnx: Any, value_of: Callable[..., Any], params: Any, example: Any
 ) -> Callable[[Any, Any], Any] | None:
-    """`(params, examples) -> ((values, aux), grads)` with ghost gradients where they pay.
+    """`(params, examples) -> ((values, aux), grads)`, gradients as two factors where that pays.
 
     `value_of` takes params, an example, and what to do with modules before they are called. None
-    if there are no ghosts.
+    where it pays for no parameter.
     """
     named = [(path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
     tree = _usable_sites(nnx, value_of, params, dict(named), example)
     sites = jax.tree.leaves(tree)
     if not sites:
         return None
-    ghosts = [name in {site.name for site in sites} for name, _ in named]
+    is_ghost = [name in {site.name for site in sites} for name, _ in named]
     treedef = jax.tree.structure(params)
 
     def each(params: Any, examples: Any) -> Any:
         leaves = jax.tree.leaves(params)
-        direct = [leaf for leaf, ghost in zip(leaves, ghosts, strict=True) if not ghost]
+        direct = [leaf for leaf, ghost in zip(leaves, is_ghost, strict=True) if not ghost]
 
         def of_example(direct: Any, probes: Any, example: Any) -> Any:
             rest = iter(direct)
             whole = [
-                leaf if ghost else next(rest) for leaf, ghost in zip(leaves, ghosts, strict=True)
+                leaf if ghost else next(rest) for leaf, ghost in zip(leaves, is_ghost, strict=True)
             ]
             watch = _Watch(nnx, {site.name for site in sites}, probes=probes)
             value, aux = value_of(treedef.unflatten(whole), example, watch.start)
@@ -75,7 +75,7 @@ def ghost_gradients(
             for site, x, y in zip(sites, arrays, outputs, strict=True)
         ]
         rest, grads = iter(of_direct), []
-        for (name, leaf), ghost in zip(named, ghosts, strict=True):
+        for (name, leaf), ghost in zip(named, is_ghost, strict=True):
             if not ghost:
                 grads.append(next(rest))
                 continue
@@ -89,7 +89,7 @@ def ghost_gradients(
 def _usable_sites(
     nnx: Any, value_of: Callable[..., Any], params: Any, named: dict[str, Any], example: Any
 ) -> list[Any]:
-    """Calls of layers whose parameter serves in such calls alone, where ghosts pay."""
+    """Calls of layers whose parameter is used in such calls alone, where ghost clipping pays."""
     seen: list[Any] = []
 
     def run(params: Any, copies: Any, example: Any) -> Any:
@@ -105,26 +105,26 @@ def _usable_sites(
     for name in set(names):
         here = [site for site in jax.tree.leaves(seen) if site.name == name]
         positions = sum(math.prod(site.shape[:-1]) for site in here)
-        real = all(jnp.issubdtype(site.dtype, jnp.floating) for site in here)
-        if not real or not pays(positions, named[name].size):
+        are_real = all(jnp.issubdtype(site.dtype, jnp.floating) for site in here)
+        if not are_real or not pays(positions, named[name].size):
             names.remove(name)
-    return _only(names, seen)
+    return _sites_of(names, seen)
 
 
-def _only(names: set[str], sites: list[Any]) -> list[Any]:
-    chosen = [_only(names, site) if isinstance(site, list) else site for site in sites]
+def _sites_of(names: set[str], sites: list[Any]) -> list[Any]:
+    chosen = [_sites_of(names, site) if isinstance(site, list) else site for site in sites]
     return [site for site in chosen if isinstance(site, list) or site.name in names]
 
 
 def _level() -> Any:
-    """What differs inside `scan`, `jit` and the like, whose values must not be seen outside."""
+    """A token that differs inside `scan`, `jit` and the like: their values must not get outside."""
     return core.get_opaque_trace_state(convention="nnx")
 
 
 class _Watch:
-    """Sees the calls of layers with parameters of these names.
+    """Records the calls of layers with parameters of these names.
 
-    What is inside a scan over time is a list within the lists, with time as the first axis.
+    Calls inside a scan over time are a list within the lists, with time as the first axis.
     """
 
     def __init__(self, nnx: Any, names: set[str], *, copies: Any = None, probes: Any = None):
@@ -136,22 +136,22 @@ class _Watch:
         self.here: Any = None
 
     def start(self, model: Any) -> None:
-        """See the calls of the layers in a module."""
+        """Record the calls of the layers in a module from now on."""
         self.here = _level()
         for kind in kinds(self.nnx):
-            seen = self._seen(kind)
+            watched = self._watched(kind)
             for path, module in self.nnx.iter_modules(model):
                 name = "/".join(map(str, (*path, kind.attribute)))
                 is_kind = type(module) is kind.layer and name in self.names
                 if is_kind and is_plain(self.nnx, module):
                     self.known[id(module)] = name
-                    object.__setattr__(module, "__class__", seen)
+                    object.__setattr__(module, "__class__", watched)
         cells = [getattr(self.nnx, name) for name in _CELLS]
         for _, module in self.nnx.iter_modules(model):
             if type(module) is self.nnx.RNN and type(module.cell) in cells:
-                object.__setattr__(module, "__class__", self._seen_rnn())
+                object.__setattr__(module, "__class__", self._watched_rnn())
 
-    def _seen(self, kind: Kind) -> Any:
+    def _watched(self, kind: Kind) -> Any:
         def of_layer(layer: Any, *args: Any, **kwargs: Any) -> Any:
             plain = functools.partial(kind.layer.__call__, layer)
             inside = _level() != self.here
@@ -168,7 +168,7 @@ class _Watch:
             vars(layer)[kind.attribute] = own.replace(self.copies[name])
         result, positions, inputs = kind.call(plain, layer, x)
         vars(layer)[kind.attribute] = own
-        output = rows(result, positions)
+        output = as_matrix(result, positions)
         if self.probes is not None:
             result = (output + self.probes[len(self.inputs)]).reshape(result.shape)
         site = _Site(name, kind, inputs._replace(array=None), output.shape, output.dtype)
@@ -176,12 +176,12 @@ class _Watch:
         self.inputs.append(inputs.array)
         return result
 
-    def _seen_rnn(self) -> Any:
+    def _watched_rnn(self) -> Any:
         plain = self.nnx.RNN
         known = {"initial_carry", "return_carry", "time_major", "reverse", "keep_order"}
 
         def of_rnn(rnn: Any, *args: Any, **kwargs: Any) -> Any:
-            # Where a carry is given no stream of random numbers is read.
+            # A stream of random numbers is only read to make a carry, and one is given.
             unread = (type(None), self.nnx.RngStream)
             given = {key: value for key, value in kwargs.items() if not isinstance(value, unread)}
             inside = _level() != self.here
@@ -199,7 +199,7 @@ class _Watch:
         return type(plain.__name__, (plain,), {"__call__": of_rnn})
 
     def _scan(self, rnn: Any, carry: Any, x: jax.Array, reverse: bool) -> tuple[Any, jax.Array]:
-        """As `nnx.scan`, which lets nothing but the state of modules out of a step."""
+        """Like `nnx.scan`, which lets only the state of modules out of a step, but with records."""
         outer = self.sites, self.inputs, self.probes, self.here
         probes = None if self.probes is None else self.probes[len(self.inputs)]
 

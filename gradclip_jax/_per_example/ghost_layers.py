@@ -1,4 +1,4 @@
-"""Layers of which the gradients of examples are two factors, and what follows from the factors.
+"""Layers for ghost clipping: norm and scaled sum from the two factors of a gradient.
 
 The gradient of a kernel is a sum over positions t of outer products of what it is multiplied with,
 x_t, and the derivatives d_t of the loss at the outputs; for a convolution x_t is a patch. The norm,
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from .._leaves import widen
 from .._safe import safe_power
-from .rule import column
+from .rule import expand_like
 from .sharding import out_sharding_of
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
     window: Callable[[jax.Array, Any], jax.Array]
 
 
-Seen = tuple[jax.Array, int, Inputs]
+LayerCall = tuple[jax.Array, int, Inputs]
 """Result of a call, the number of its axes along which the parameter is used again, and inputs."""
 
 
@@ -52,14 +52,14 @@ class Kind(NamedTuple):
     Attributes:
       layer: Its class.
       attribute: The name of its parameter.
-      gradients: What the gradients of examples are.
-      call: What is seen, from a way to call the layer, the layer and its argument.
+      gradients: The class of the gradients of examples.
+      call: From a way to call the layer, the layer and its argument to a record of the call.
     """
 
     layer: Any
     attribute: str
     gradients: Any
-    call: Callable[..., Seen]
+    call: Callable[..., LayerCall]
 
 
 class Dense:
@@ -69,8 +69,8 @@ class Dense:
         """Inputs of each call; outputs of all of them, [examples, positions, o]."""
         self.shape, self.inputs, self.outputs = kernel.shape, inputs, widen(outputs)
         self.starts = inputs[0].starts
-        largest = jnp.max(self._over_starts(self.inputs, lambda x: _largest(x)[None]), axis=0)
-        self.powers = _balanced(_exponents(largest), _exponents(_largest(self.outputs)))
+        largest = jnp.max(self._over_starts(self.inputs, lambda x: _max_modulus(x)[None]), axis=0)
+        self.powers = _balanced(_exponents(largest), _exponents(_max_modulus(self.outputs)))
 
     def _over_starts(
         self, inputs: Sequence[Inputs], function: Callable[[jax.Array], jax.Array]
@@ -78,7 +78,7 @@ class Dense:
         """A function of the patches at each start; results are joined along their first axis."""
 
         def at(start: Any) -> jax.Array:
-            return function(widen(_met(inputs, start)))
+            return function(widen(_patches(inputs, start)))
 
         if not self.starts[1:]:
             return at(self.starts[0])
@@ -90,32 +90,38 @@ class Dense:
         powers = self.powers
 
         def of(start: Any) -> jax.Array:
-            return _gram(_scaled(widen(_met(self.inputs, start)), powers.inputs))
+            return _gram(_ldexp(widen(_patches(self.inputs, start)), powers.inputs))
 
         first, *others = self.starts
         gram = of(first)
         if others:
             gram, _ = jax.lax.scan(lambda sums, x: (sums + of(x), None), gram, jnp.asarray(others))
         positions, width = gram.shape[-1], self.inputs[0].array.shape[-1]
-        of_outputs = _gram(_scaled(self.outputs, powers.outputs))
-        chain = _chain(width, positions) + len(others)
-        chain += _chain(self.outputs.shape[-1], positions)
-        return _norms(gram, of_outputs, powers.whole, chain)
+        of_outputs = _gram(_ldexp(self.outputs, powers.outputs))
+        roundings = _roundings_of_gram(width, positions) + len(others)
+        roundings += _roundings_of_gram(self.outputs.shape[-1], positions)
+        return _norms_from_grams(gram, of_outputs, powers.whole, roundings)
 
-    def summed(
-        self, first: jax.Array, second: jax.Array, keep: jax.Array, limit: jax.Array
+    def scaled_sum(
+        self, scale: jax.Array, power: jax.Array, keep: jax.Array, limit: jax.Array
     ) -> jax.Array:
         """The sum over examples, each scaled."""
         powers, lift = self.powers, _lift(limit)
-        kept = [x._replace(array=jnp.where(column(keep, x.array), x.array, 0)) for x in self.inputs]
-        outputs = _factored(self.outputs, powers.outputs, powers.whole + lift, first, second, keep)
+        kept = [
+            x._replace(array=jnp.where(expand_like(keep, x.array), x.array, 0)) for x in self.inputs
+        ]
+        outputs = _scaled_outputs(
+            self.outputs, powers.outputs, powers.whole + lift, scale, power, keep
+        )
 
         def product(x: jax.Array) -> jax.Array:
-            met = _scaled(x, powers.inputs)
-            split = out_sharding_of(outputs, (met, 2), (outputs, 2))
-            return jnp.einsum("nti,nto->io", met, outputs, precision=_HIGHEST, out_sharding=split)
+            patches = _ldexp(x, powers.inputs)
+            split = out_sharding_of(outputs, (patches, 2), (outputs, 2))
+            return jnp.einsum(
+                "nti,nto->io", patches, outputs, precision=_HIGHEST, out_sharding=split
+            )
 
-        return _scaled(self._over_starts(kept, product).reshape(self.shape), -lift)
+        return _ldexp(self._over_starts(kept, product).reshape(self.shape), -lift)
 
 
 class Lookup:
@@ -124,27 +130,27 @@ class Lookup:
     def __init__(self, table: jax.Array, inputs: Sequence[Inputs], outputs: jax.Array):
         """As for a kernel; the inputs are indices."""
         self.shape, self.outputs = table.shape, widen(outputs)
-        indices = _met(inputs, ())[..., 0]
+        indices = _patches(inputs, ())[..., 0]
         self.rows = jnp.where(indices < 0, indices + table.shape[0], indices)
-        self.whole = jnp.max(_exponents(_largest(self.outputs)), axis=1)
+        self.whole = jnp.max(_exponents(_max_modulus(self.outputs)), axis=1)
 
     def norms(self) -> jax.Array:
-        """Norm of each example: an index that it has several times is one row."""
+        """Norm of each example: positions with the same index belong to one row of the table."""
         same = self.rows[:, :, None] == self.rows[:, None, :]
-        gram = _gram(_scaled(self.outputs, -self.whole[:, None]))
-        chain = _chain(self.outputs.shape[-1], gram.shape[-1])
-        return _norms(same.astype(gram.dtype), gram, self.whole, chain)
+        gram = _gram(_ldexp(self.outputs, -self.whole[:, None]))
+        roundings = _roundings_of_gram(self.outputs.shape[-1], gram.shape[-1])
+        return _norms_from_grams(same.astype(gram.dtype), gram, self.whole, roundings)
 
-    def summed(
-        self, first: jax.Array, second: jax.Array, keep: jax.Array, limit: jax.Array
+    def scaled_sum(
+        self, scale: jax.Array, power: jax.Array, keep: jax.Array, limit: jax.Array
     ) -> jax.Array:
         """The sum over examples, each scaled."""
         lift = _lift(limit)
         none = jnp.zeros_like(self.rows)
-        scaled = _factored(
-            self.outputs, none, jnp.zeros_like(self.whole) + lift, first, second, keep
+        scaled = _scaled_outputs(
+            self.outputs, none, jnp.zeros_like(self.whole) + lift, scale, power, keep
         )
-        return _scaled(jnp.zeros(self.shape, scaled.dtype).at[self.rows].add(scaled), -lift)
+        return _ldexp(jnp.zeros(self.shape, scaled.dtype).at[self.rows].add(scaled), -lift)
 
 
 def pays(positions: int, size: int) -> bool:
@@ -157,7 +163,7 @@ def pays(positions: int, size: int) -> bool:
 
 
 def kinds(nnx: Any) -> list[Kind]:
-    """The layers that are known."""
+    """The layers that ghost clipping knows."""
     return [
         Kind(nnx.Linear, "kernel", Dense, _call_dense),
         Kind(nnx.LinearGeneral, "kernel", Dense, _call_dense),
@@ -183,29 +189,29 @@ def is_plain(nnx: Any, layer: Any) -> bool:
     )
 
 
-def rows(x: jax.Array, positions: int) -> jax.Array:
+def as_matrix(x: jax.Array, positions: int) -> jax.Array:
     """[positions, features]: the first axes as one, and the others as one."""
     return x.reshape(math.prod(x.shape[:positions]), math.prod(x.shape[positions:]))
 
 
-def _call_dense(plain: Callable[[Any], Any], layer: Any, x: jax.Array) -> Seen:
+def _call_dense(plain: Callable[[Any], Any], layer: Any, x: jax.Array) -> LayerCall:
     result = plain(x)
     axes = [axis % x.ndim - x.ndim for axis in getattr(layer, "axis", (-1,))]
     inputs = jnp.moveaxis(x, axes, range(-len(axes), 0)).astype(result.dtype)
     positions = x.ndim - len(axes)
-    return result, positions, Inputs(rows(inputs, positions), [()], _flat)
+    return result, positions, Inputs(as_matrix(inputs, positions), [()], _flat)
 
 
-def _call_lookup(plain: Callable[[Any], Any], layer: Any, x: jax.Array) -> Seen:
+def _call_lookup(plain: Callable[[Any], Any], layer: Any, x: jax.Array) -> LayerCall:
     del layer
-    return plain(x), x.ndim, Inputs(rows(x, x.ndim), [()], _flat)
+    return plain(x), x.ndim, Inputs(as_matrix(x, x.ndim), [()], _flat)
 
 
-def _call_convolution(plain: Callable[[Any], Any], layer: Any, x: jax.Array) -> Seen:
-    """The layer hands over its input when that is padded, with what is left to pad, and strides."""
-    convolve, seen = layer.conv_general_dilated, []
+def _call_convolution(plain: Callable[[Any], Any], layer: Any, x: jax.Array) -> LayerCall:
+    """Call the layer, and record its input as it is convolved: padded, with window and strides."""
+    convolve, recorded = layer.conv_general_dilated, []
 
-    def seeing(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **settings: Any) -> Any:
+    def record(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **settings: Any) -> Any:
         lhs, rhs = settings["lhs_dilation"], settings["rhs_dilation"]
         window = kernel.shape[:-2]
         if isinstance(padding, str):
@@ -217,13 +223,13 @@ def _call_convolution(plain: Callable[[Any], Any], layer: Any, x: jax.Array) -> 
         offsets = itertools.product(*map(range, window))
         starts = [[i * d for i, d in zip(offset, rhs, strict=True)] for offset in offsets]
         cut = functools.partial(_window, counts=result.shape[1:-1], strides=strides)
-        seen.append(Inputs(padded, starts, cut))
+        recorded.append(Inputs(padded, starts, cut))
         return result
 
-    vars(layer)["conv_general_dilated"] = seeing
+    vars(layer)["conv_general_dilated"] = record
     result = plain(x)
     vars(layer)["conv_general_dilated"] = convolve
-    return result, result.ndim - 1, seen[0]
+    return result, result.ndim - 1, recorded[0]
 
 
 def _window(x: jax.Array, start: Any, *, counts: Sequence[int], strides: Any) -> jax.Array:
@@ -239,7 +245,7 @@ def _flat(x: jax.Array, start: Any) -> jax.Array:
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
-def _met(inputs: Sequence[Inputs], start: Any) -> jax.Array:
+def _patches(inputs: Sequence[Inputs], start: Any) -> jax.Array:
     return jnp.concatenate([x.window(x.array, start) for x in inputs], axis=1)
 
 
@@ -259,8 +265,8 @@ def _gram(x: jax.Array) -> jax.Array:
     return jnp.sum(jax.lax.optimization_barrier(grams), axis=1)  # else XLA sums as one row again
 
 
-def _chain(width: int, positions: int) -> int:
-    """How many roundings a product of `_gram` has behind it at most."""
+def _roundings_of_gram(width: int, positions: int) -> int:
+    """How many roundings a product of `_gram` has at most."""
     block = min(width, max(_BLOCK, positions))
     return block + -(-width // max(block, 1))
 
@@ -291,62 +297,64 @@ def _balanced(inputs: jax.Array, outputs: jax.Array) -> _Powers:
     return _Powers(of_inputs, -whole[:, None] - of_inputs, whole)
 
 
-def _largest(x: jax.Array) -> jax.Array:
+def _max_modulus(x: jax.Array) -> jax.Array:
     return jnp.max(jnp.abs(x), axis=-1, initial=0)
 
 
 def _exponents(x: jax.Array) -> jax.Array:
-    """Exponents e with x < 2^e; that of zero is below all, and what is not finite stays so."""
+    """Exponents e with x < 2^e; below all others for zero, 1 for infinity and NaN."""
     exponents = jnp.frexp(jnp.where(jnp.isfinite(x) & (x != 0), x, 1))[1]
     return jnp.where(x == 0, 2 * jnp.finfo(x.dtype).minexp, exponents)
 
 
-def _scaled(x: jax.Array, exponents: jax.Array) -> jax.Array:
-    """Times a power of two, in two steps of which neither is flushed to zero or overflows."""
+def _ldexp(x: jax.Array, exponents: jax.Array) -> jax.Array:
+    """`x` times a power of two, in two steps so that neither is flushed to zero or overflows."""
     exponents = jnp.expand_dims(exponents, tuple(range(exponents.ndim, x.ndim)))
-    least = jnp.finfo(x.dtype).minexp
-    exponents = jnp.clip(exponents, 2 * least, -2 * least)
+    smallest = jnp.finfo(x.dtype).minexp
+    exponents = jnp.clip(exponents, 2 * smallest, -2 * smallest)
     half, one = exponents // 2, jnp.ones_like(exponents, x.dtype)
     return x * jnp.ldexp(one, half) * jnp.ldexp(one, exponents - half)
 
 
-def _factored(
+def _scaled_outputs(
     x: jax.Array,
     powers: jax.Array,
     whole: jax.Array,
-    first: jax.Array,
-    second: jax.Array,
+    scale: jax.Array,
+    power: jax.Array,
     keep: jax.Array,
 ) -> jax.Array:
-    """Examples scaled by their factors; all powers of two at once, so that nothing is lost."""
-    mantissas, exponents = zip(*map(jnp.frexp, (first, second)), strict=True)
+    """Outputs scaled by the factors of examples, all powers of two at once: none overflows."""
+    mantissas, exponents = zip(*map(jnp.frexp, (scale, power)), strict=True)
     mantissa = mantissas[0] * mantissas[1]
-    kept = jnp.where(column(keep, x), x, 0) * column(mantissa, x)
-    return _scaled(kept, powers + (whole + exponents[0] + exponents[1])[:, None])
+    kept = jnp.where(expand_like(keep, x), x, 0) * expand_like(mantissa, x)
+    return _ldexp(kept, powers + (whole + exponents[0] + exponents[1])[:, None])
 
 
 def _lift(limit: jax.Array) -> jax.Array:
-    """Exponent by which sums are larger while they are formed, where the limit is tiny.
+    """Exponent by which sums are scaled up while they are formed, where the limit is tiny.
 
-    Else what is flushed to zero, of parts that cancel, were not small against the limit.
+    Else, where large parts cancel, what is flushed to zero would not be small beside the limit.
     """
     return jnp.where(limit > 0, jnp.clip(-_exponents(limit), 0, 64), 0)
 
 
-def _norms(inputs: Any, outputs: jax.Array, whole: jax.Array, chain: int) -> jax.Array:
-    """From Gram matrices: the norm, and what rounding may take from it or add to the gradient.
+def _norms_from_grams(
+    inputs: Any, outputs: jax.Array, whole: jax.Array, roundings: int
+) -> jax.Array:
+    """The norm from two Gram matrices, plus what rounding may take from it or add to the gradient.
 
-    `chain` is the number of roundings in both matrices, and `whole` undoes the powers of two.
+    `roundings` is their number in both matrices, and `whole` undoes the powers of two.
     """
     positions = outputs.shape[-1]
     unit = float(jnp.finfo(outputs.dtype).eps) / 2
     squares = jnp.sum(inputs * outputs, axis=(1, 2))
     lengths = [jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2)) for gram in (inputs, outputs)]
-    most = jnp.sum(lengths[0] * lengths[1], axis=1)
-    # Terms of both signs may cancel, so that what is left is rounding: of the square, and then of
-    # the sum over positions. A product on TPU is off by some units, too.
-    lost = unit * (chain + 2 * positions + 8)
-    safe = jnp.where(squares > 0, squares, 0 * squares) + lost * most * most
-    norm = safe_power(safe, 0.5) + unit * (positions + 4) * most
-    # Where the sum of lengths overflows, so may the gradient, though what is left of it is small.
-    return jnp.where(jnp.isfinite(_scaled(most, whole)), _scaled(norm, whole), jnp.inf)
+    bound = jnp.sum(lengths[0] * lengths[1], axis=1)  # S: the norm is at most this
+    # Where terms of both signs cancel, only rounding is left: of the square, and then of the sum
+    # over positions. A product on TPU is off by some units, too.
+    lost = unit * (roundings + 2 * positions + 8)
+    safe = jnp.where(squares > 0, squares, 0 * squares) + lost * bound * bound
+    norm = safe_power(safe, 0.5) + unit * (positions + 4) * bound
+    # Where the bound overflows, so may partial sums of the gradient, even if terms cancel.
+    return jnp.where(jnp.isfinite(_ldexp(bound, whole)), _ldexp(norm, whole), jnp.inf)

@@ -9,7 +9,14 @@ from .._leaves import path_name
 
 
 class Argument(NamedTuple):
-    """An argument: as it is, or the parameters of the modules in it, and the rest of them."""
+    """An argument of the call: without modules as it is, else its modules split by `nnx.split`.
+
+    Attributes:
+      params: The argument itself, or what of its modules is differentiated.
+      graph: The structure of the modules; None without modules.
+      rest: All other state of the modules.
+      wrt: The filter that tells parameters from the rest.
+    """
 
     params: Any
     graph: Any = None
@@ -17,13 +24,14 @@ class Argument(NamedTuple):
     wrt: Any = None
 
     def merged(self, params: Any) -> Any:
+        """The argument with other parameters."""
         if self.graph is None:
             return params
-        # Mapped, its variables are new ones, which belong to the trace that runs now.
+        # The map makes new variables, which belong to the trace that runs now.
         return flax_nnx().merge(self.graph, params, jax.tree.map(lambda x: x, self.rest))
 
     def check_unchanged(self, merged: Any) -> None:
-        """Raise when the loss changed the state of a module: of which example should it be?"""
+        """Raise when the loss changed the state of a module: each example changes it otherwise."""
         if self.graph is None:
             return
         before = jax.tree.leaves_with_path(self.rest)
@@ -45,6 +53,7 @@ def flax_nnx() -> Any:
 
 
 def split_argument(argument: Any, which: Any) -> Argument:
+    """Split the modules in an argument; `which` is its position or an `nnx.DiffState`."""
     nnx = flax_nnx()
     if nnx is None:
         return Argument(argument)

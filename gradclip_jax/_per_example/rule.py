@@ -1,4 +1,4 @@
-"""How examples are clipped: from the norms of their arrays to factors, and the scaled sum."""
+"""How an example is clipped: from the norms of its arrays to factors, and the scaled sum."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._checks import check_threshold
-from .._leaves import GroupNorms, broadcast_norms, norm_dtype, widen
-from .._norms import global_norm, norms_of_examples
-from .._rescale import Response, factors, shrink
+from .._leaves import broadcast_norms, norm_dtype, widen
+from .._norms import norms_of_examples
+from .._rescale import Response, factors
+from .._state import plain_norms
 from .sharding import out_sharding_of
 
 Share = Callable[[Sequence[int]], Sequence[float]]
@@ -21,27 +22,27 @@ _MARGIN = 2.0**-16
 
 
 class Rule(NamedTuple):
-    """Which norms of an example are held to a limit, to which part of it, and how.
+    """Which norms of an example are clipped, to which part of the limit, and by which factor.
 
     Attributes:
-      measure: Norms of an example, by a function of the norms of its arrays.
+      measure: From the norms of the arrays of an example to those that are clipped.
       share: Of the squared limit, the share of each norm.
       response: From norm and limit to the factor.
     """
 
-    measure: Callable[..., Any] = global_norm
-    share: Share = lambda sizes: equal_shares(sizes)
-    response: Response = shrink
+    measure: Callable[..., Any]
+    share: Share
+    response: Response
 
 
 class ExampleFactors(NamedTuple):
-    """What is to be done with examples, and what was seen of them.
+    """By what examples are multiplied, and what was seen of them.
 
     Attributes:
       keep: Whether an example counts and is finite, [examples].
-      factors: For each leaf two factors, each [examples].
+      factors: For each leaf a scale and a power of two to multiply by, each [examples].
       limits: For each leaf the limit of its group, a scalar.
-      norms: Norms by group before the clip, each [examples]; 0 for an example that does not count.
+      norms: Norms by group before the clip, each [examples]; 0 where the mask is False.
       above: By group, the number of examples that count, are finite and above the limit.
       nonfinite: Number of examples that count and are not finite.
     """
@@ -106,7 +107,7 @@ def automatic(norm: jax.Array, limit: jax.Array, *, gamma: float = 0.01) -> jax.
 
 
 def check_max_norm(max_norm: Any) -> Any:
-    """Return a limit that may be used, and may be traced, but is no schedule."""
+    """Return a limit that may be used and may be traced; raise for a schedule."""
     if callable(max_norm):
         raise ValueError(
             "`max_norm` must be a non-negative number, a scalar array or None, got a function: "
@@ -116,20 +117,20 @@ def check_max_norm(max_norm: Any) -> Any:
 
 
 def check_in_range(name: str, value: Any) -> Any:
-    """Return a number that is neither infinite nor, unless it is 0, nothing in float32."""
+    """Return a number that float32 holds: not infinite there, nor flushed to 0."""
     if not isinstance(value, jax.Array):
         info = jnp.finfo(norm_dtype())
-        least, most = float(info.tiny), float(info.max)
-        if value != 0 and not least <= float(value) <= most:
+        low, high = float(info.tiny), float(info.max)
+        if value != 0 and not low <= float(value) <= high:
             raise ValueError(
-                f"`{name}` must lie between {least:.2g} and {most:.2g}, the range of {info.dtype}, "
+                f"`{name}` must lie between {low:.2g} and {high:.2g}, the range of {info.dtype}, "
                 f"got {value!r}."
             )
     return value
 
 
 def check_mask(mask: Any, count: int) -> jax.Array:
-    """Return which examples count: all of them, or as the caller says."""
+    """Return a boolean for each example: all True unless the caller gives a mask."""
     if mask is None:
         return jnp.ones(count, bool)
     mask = jnp.asarray(mask)
@@ -147,53 +148,52 @@ def array_norms(grads: Any) -> Any:
 
 
 def factors_of_examples(
-    norms: Any, sizes: Sequence[int], real: jax.Array, max_norm: Any, rule: Rule
+    norms: Any, sizes: Sequence[int], mask: jax.Array, max_norm: Any, rule: Rule
 ) -> ExampleFactors:
-    """What to do with examples of which the norm of each array is known.
+    """The factors of examples, from the norm of each of their arrays.
 
-    `sizes` has the number of elements of each array of one example, and `real` whether an example
-    counts.
+    `sizes` has the number of elements of each array of one example.
     """
     leaves = jax.tree.leaves(norms)
     grouped = jax.vmap(functools.partial(rule.measure, axis_name=()))(norms)
     flat, groups = jax.tree.flatten(grouped)
     if any(norm.ndim != 1 for norm in flat):
         raise ValueError("`measure` must return scalars from the norms of the arrays.")
-    # An example whose arrays are finite, but not their joint norm, is not.
-    # XLA computes a reduction once, and what is elementwise anew for each array: 48 took 9 s.
-    table = jnp.stack([*leaves, *flat]) if leaves else jnp.zeros((1, real.size))
+    # Joint norms, too: they overflow where those of the arrays are finite.
+    # A reduction of one table, since XLA repeats elementwise tests for each array: 48 took 9 s.
+    table = jnp.stack([*leaves, *flat]) if leaves else jnp.zeros((1, mask.size))
     finite = jnp.isfinite(table).all(axis=0)
-    keep = real & finite
-    index = broadcast_norms(groups.unflatten(range(len(flat))), norms)
-    held_sizes = [0] * len(flat)
-    for group, size in zip(index, sizes, strict=True):
-        held_sizes[group] += size
-    limits = [_limit(max_norm, share) for share in rule.share(held_sizes)] if flat else []
+    keep = mask & finite
+    group_of_leaf = broadcast_norms(groups.unflatten(range(len(flat))), norms)
+    group_sizes = [0] * len(flat)
+    for group, size in zip(group_of_leaf, sizes, strict=True):
+        group_sizes[group] += size
+    limits = [_limit(max_norm, share) for share in rule.share(group_sizes)] if flat else []
     pairs, above = [], []
     for norm, limit in zip(flat, limits, strict=True):
         usable = jnp.where(keep, norm, 0)
-        lower = jnp.broadcast_to(limit * (1 - _margin(len(leaves))), norm.shape)
-        pairs.append(factors(usable, lower, rule.response))
+        lowered = jnp.broadcast_to(limit * (1 - _margin(len(leaves))), norm.shape)
+        pairs.append(factors(usable, lowered, rule.response))
         above.append(jnp.sum(usable > limit, dtype=jnp.int32))
-    seen = groups.unflatten([jnp.where(real, norm, 0) for norm in flat])
+    seen = groups.unflatten([jnp.where(mask, norm, 0) for norm in flat])
     return ExampleFactors(
         keep=keep,
-        factors=[pairs[group] for group in index],
-        limits=[limits[group] for group in index],
-        norms=plain(seen),
-        above=plain(groups.unflatten(above)),
-        nonfinite=jnp.sum(real & ~finite, dtype=jnp.int32),
+        factors=[pairs[group] for group in group_of_leaf],
+        limits=[limits[group] for group in group_of_leaf],
+        norms=plain_norms(seen),
+        above=plain_norms(groups.unflatten(above)),
+        nonfinite=jnp.sum(mask & ~finite, dtype=jnp.int32),
     )
 
 
 def _limit(max_norm: Any, share: float) -> jax.Array:
     limit = jnp.asarray(max_norm).astype(norm_dtype())
-    # False for NaN, too: a traced limit that is no limit lets nothing through.
+    # False for NaN, too: a traced limit of NaN lets nothing through.
     return jnp.where(limit > 0, limit, 0) * np.asarray(np.sqrt(share), norm_dtype())
 
 
 def _margin(leaves: int) -> float:
-    """By how much norms are held below the limit, so that no rounding can exceed it.
+    """By which share of the limit norms are clipped below it, so that no rounding exceeds it.
 
     A backend sums up squares in rows of at most some hundred numbers, rows of rows and so on, so
     that each level adds at most some hundred half units in the last place to the sum, half of it
@@ -202,41 +202,36 @@ def _margin(leaves: int) -> float:
     return _MARGIN + leaves * float(jnp.finfo(norm_dtype()).eps)
 
 
-def plain(norms: Any) -> Any:
-    """Norms of groups as a plain dict."""
-    return dict(norms) if isinstance(norms, GroupNorms) else norms
-
-
 def zeros_for(tree: Any) -> list[jax.Array]:
     """A sum of nothing for each leaf of one example, in at least float32."""
     kinds = jax.eval_shape(lambda leaves: [widen(leaf) for leaf in leaves], jax.tree.leaves(tree))
     return [jnp.zeros(kind.shape, kind.dtype) for kind in kinds]
 
 
-def add_scaled(totals: list[jax.Array], grads: Any, held: ExampleFactors) -> list[jax.Array]:
+def add_scaled(totals: list[jax.Array], grads: Any, examples: ExampleFactors) -> list[jax.Array]:
     """Add examples, each scaled by its factors, to sums; those not kept add exactly nothing."""
-    rows = zip(totals, jax.tree.leaves(grads), held.factors, held.limits, strict=True)
+    of_leaves = zip(totals, jax.tree.leaves(grads), examples.factors, examples.limits, strict=True)
     return [
         total
         + (
-            leaf.summed(*both, held.keep, limit)
-            if hasattr(leaf, "summed")
-            else _product(leaf, *both, held.keep)
+            leaf.scaled_sum(scale, power, examples.keep, limit)
+            if hasattr(leaf, "scaled_sum")
+            else _scaled_sum(leaf, scale, power, examples.keep)
         )
-        for total, leaf, both, limit in rows
+        for total, leaf, (scale, power), limit in of_leaves
     ]
 
 
-def _product(leaf: jax.Array, first: jax.Array, second: jax.Array, keep: jax.Array) -> jax.Array:
-    # A product with a vector lets devices add up their examples alone, and then their sums; and
+def _scaled_sum(leaf: jax.Array, scale: jax.Array, power: jax.Array, keep: jax.Array) -> jax.Array:
+    # A product with a vector lets each device sum its own examples before devices are summed; and
     # on a CPU XLA takes 5 s for a sum along the first axis of 16 x 512 x 1024, and 0.01 s for this.
     if jnp.iscomplexobj(leaf):
-        real, imag = (_product(part, first, second, keep) for part in (leaf.real, leaf.imag))
-        return jax.lax.complex(real, imag)
+        parts = (_scaled_sum(part, scale, power, keep) for part in (leaf.real, leaf.imag))
+        return jax.lax.complex(*parts)
     wide = widen(leaf)
-    kept = jnp.where(column(keep, wide), wide, 0) * column(second, wide)
+    kept = jnp.where(expand_like(keep, wide), wide, 0) * expand_like(power, wide)
     return jnp.tensordot(
-        first.astype(wide.dtype),
+        scale.astype(wide.dtype),
         kept,
         axes=1,
         precision=jax.lax.Precision.HIGHEST,
@@ -244,7 +239,7 @@ def _product(leaf: jax.Array, first: jax.Array, second: jax.Array, keep: jax.Arr
     )
 
 
-def column(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Numbers [examples] in the rank and dtype of `like`, [examples, ...]; booleans stay so."""
-    x = jnp.expand_dims(x, tuple(range(1, like.ndim)))
-    return x if x.dtype == bool else x.astype(like.dtype)
+def expand_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """Numbers [examples] with the rank and dtype of `other`, [examples, ...]; booleans stay."""
+    x = jnp.expand_dims(x, tuple(range(1, other.ndim)))
+    return x if x.dtype == bool else x.astype(other.dtype)
