@@ -182,14 +182,16 @@ def examples(network: Network, batch: int) -> tuple[jax.Array, jax.Array]:
 
 def ours(network: Network, microbatch: int | None) -> Callable[..., Any]:
     """This library."""
-    f = gradclip_jax.clipped_value_and_grad(network.loss, MAX_NORM, microbatch_size=microbatch)
+    f = gradclip_jax.per_example.value_and_grad(
+        network.loss, max_norm=MAX_NORM, microbatch_size=microbatch
+    )
     return lambda params, x, y: f(params, x, y)[1]
 
 
-def with_ghosts(network: Network, nnx: Any, graph: Any, microbatch: int | None) -> Any:
+def with_ghost_clipping(network: Network, nnx: Any, graph: Any, microbatch: int | None) -> Any:
     """The same network of layers, and the gradients of their kernels never formed."""
-    f = gradclip_jax.clipped_value_and_grad(
-        network.loss_of_layers, MAX_NORM, microbatch_size=microbatch, ghost=True
+    f = gradclip_jax.per_example.value_and_grad(
+        network.loss_of_layers, max_norm=MAX_NORM, microbatch_size=microbatch, ghost=True
     )
     return lambda state, x, y: f(nnx.merge(graph, state), x, y)[1]
 
@@ -221,8 +223,8 @@ def cases_of(
         whole = None if size == batch else size
         cases.append(("gradclip_jax", str(size), ours(network, whole), weights))
         if nnx is not None:
-            ghosts = with_ghosts(network, nnx, graph, whole)
-            cases.append(("gradclip_jax, ghost", str(size), ghosts, state))
+            ghost = with_ghost_clipping(network, nnx, graph, whole)
+            cases.append(("gradclip_jax, ghost", str(size), ghost, state))
         if privacy is not None and batch % size == 0:
             theirs = with_jax_privacy(network, privacy, whole)
             cases.append(("jax-privacy", str(size), theirs, weights))

@@ -47,7 +47,7 @@ from shared.results import save_results
 from shared.run import History
 from sklearn.datasets import load_digits
 
-import gradclip_jax
+from gradclip_jax import per_example
 
 CLASSES = 10
 ORDERS = [*(1 + x / 10 for x in range(1, 100)), *range(12, 64)]  # those of TensorFlow Privacy
@@ -261,7 +261,9 @@ def make_optimizer(
     args: argparse.Namespace, noise_multiplier: Any, key: jax.Array
 ) -> optax.GradientTransformationExtraArgs:
     """The noise and the optimizer: DP-SGD, or DP-Adam."""
-    noise = gradclip_jax.gaussian_noise(noise_multiplier, args.max_norm, key, mean_of=args.batch)
+    noise = per_example.gaussian_noise(
+        noise_multiplier, max_norm=args.max_norm, key=key, mean_of=args.batch
+    )
     optimizer = optax.chain(noise, OPTIMIZERS[args.optimizer](args.learning_rate))
     return optax.with_extra_args_support(optimizer)
 
@@ -273,9 +275,9 @@ def make_step(graph: nnx.GraphDef, args: argparse.Namespace, size: int) -> Calla
         logits = nnx.merge(graph, params)(images)
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    clipped_grad = gradclip_jax.clipped_value_and_grad(
-        loss_of, args.max_norm, microbatch_size=MICROBATCH, reduction="mean", mean_of=args.batch,
-        return_norms=True,
+    clipped_grad = per_example.value_and_grad(
+        loss_of, max_norm=args.max_norm, microbatch_size=MICROBATCH, reduction="mean",
+        mean_of=args.batch, return_norms=True,
     )  # fmt: skip
 
     def step_of_one(setup: Setup, keys: jax.Array, state: tuple, number: jax.Array) -> tuple:
@@ -297,8 +299,8 @@ def make_step(graph: nnx.GraphDef, args: argparse.Namespace, size: int) -> Calla
             "clipped": seen.above_count.astype(jnp.float32) / drawn,
             "nonfinite_count": seen.nonfinite_count,
         }
-        adapted = gradclip_jax.quantile_step(
-            max_norm, seen, mean_of=args.batch, quantile=args.quantile,
+        adapted = per_example.quantile_step(
+            max_norm, seen=seen, mean_of=args.batch, quantile=args.quantile,
             noise_std=count_noise(args.batch), key=count_key,
         )  # fmt: skip
         max_norm = jnp.where(setup.adapts, adapted, max_norm)
@@ -364,7 +366,7 @@ def train_all(args: argparse.Namespace, data: Split, test: Split) -> list[Result
     for method in methods:
         noise = method.noise_multiplier
         if method.quantile is not None:  # the count takes its part of the budget
-            noise = gradclip_jax.split_noise(noise, count_noise(args.batch))
+            noise = per_example.split_noise(noise, noise_std=count_noise(args.batch))
         setup = Setup(jnp.float32(noise), jnp.array(method.quantile is not None), split)
         _, keys, state = start(args, pixels, method)
         (params, _, _), history = train(

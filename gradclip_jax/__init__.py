@@ -2,7 +2,7 @@
 
 import importlib.metadata as _metadata
 
-from . import balls as balls, limits as limits, monitor as monitor, responses as responses
+from . import per_example as per_example
 from ._backward import clip_cotangent as clip_cotangent
 from ._clip import clip_norms as clip_norms, clip_to_limit as clip_to_limit
 from ._given import given_norm as given_norm
@@ -29,15 +29,14 @@ from ._norms import (
     leaf_norms as leaf_norms,
     unit_norms as unit_norms,
 )
-from ._per_example import (
-    PerExample as PerExample,
-    clipped_value_and_grad as clipped_value_and_grad,
-    equal_shares as equal_shares,
-    gaussian_noise as gaussian_noise,
-    per_example_clip as per_example_clip,
-    quantile_step as quantile_step,
-    size_shares as size_shares,
-    split_noise as split_noise,
+from ._per_example.rule import automatic as automatic
+from ._rescale import (
+    drop as drop,
+    normalize as normalize,
+    shrink as shrink,
+    smooth as smooth,
+    smooth_sqrt as smooth_sqrt,
+    smooth_tanh as smooth_tanh,
 )
 from ._state import ClipState as ClipState
 from ._strategies.adagc import adagc as adagc

@@ -142,7 +142,6 @@ public = {
     for name, value in vars(gc).items()
     if inspect.isfunction(value)
     and not name.startswith("from_")
-    and name != "gaussian_noise"  # no clip
     and "GradientTransformation" in str(inspect.signature(value).return_annotation)
 }
 print(len(OURS), "strategies")

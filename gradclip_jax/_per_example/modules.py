@@ -31,7 +31,7 @@ class Argument(NamedTuple):
         return flax_nnx().merge(self.graph, params, jax.tree.map(lambda x: x, self.rest))
 
     def check_unchanged(self, merged: Any) -> None:
-        """Raise when the loss changed the state of a module: each example changes it otherwise."""
+        """Raise when `fun` changed the state of a module: each example changes it otherwise."""
         if self.graph is None:
             return
         before = jax.tree.leaves_with_path(self.rest)
@@ -40,7 +40,7 @@ class Argument(NamedTuple):
         if changed or len(before) != len(after):
             names = ", ".join(f"`{path_name(path)}`" for path in changed) or "its structure"
             raise ValueError(
-                f"`loss` must leave the state of a module as it is, but changes {names}: each "
+                f"`fun` must leave the state of a module as it is, but changes {names}: each "
                 "example has its own. For batch statistics call `model.eval()`; for dropout pass "
                 "one key for each example with the batch: `model(x, rngs=nnx.Rngs(key))`; for "
                 "`nnx.RNN` pass `initial_carry`."

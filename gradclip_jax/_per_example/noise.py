@@ -1,4 +1,4 @@
-"""Gaussian noise for private training, and a limit that follows a quantile in private."""
+"""DP-SGD: Gaussian noise, and a private limit that follows a quantile of the norms."""
 
 import math
 from typing import Any, NamedTuple
@@ -30,21 +30,21 @@ class NoiseState(NamedTuple):
 
 
 def gaussian_noise(
-    noise_multiplier: Any, max_norm: Any, key: Any, *, mean_of: Any = 1
+    noise_multiplier: Any, *, max_norm: Any, key: Any, mean_of: Any = 1
 ) -> optax.GradientTransformationExtraArgs:
     r"""Add the noise of DP-SGD to a sum (or mean) of clipped gradients.
 
     $$ g + \mathcal N(0, (z C / n)^2 I) $$
 
-    Put it first in an `optax.chain`, behind `clipped_value_and_grad`: with `optax.sgd` that is
+    Put it first in an `optax.chain`, after `per_example.value_and_grad`: with `optax.sgd` that is
     DP-SGD, with `optax.adam` DP-Adam. (`optax.add_noise` has one variance for the whole training
     and draws noise in the dtype of the leaf: in bfloat16 it is coarse.)
 
     Args:
-      noise_multiplier: z, non-negative: the standard deviation in units of `max_norm`. What
-        privacy it buys is for an accountant to tell, as `dp_accounting`.
+      noise_multiplier: z, non-negative: the standard deviation in units of `max_norm`. An
+        accountant, such as `dp_accounting`, tells the privacy that it buys.
       max_norm: C, the limit of the clip; `update(..., max_norm=...)` accepts the one of that step.
-      key: A PRNG key, or a number to make one of. The noise of update t comes of
+      key: A PRNG key, or a number to make one of. The noise of update t comes from
         `jax.random.fold_in(key, t)`, the same on all devices.
       mean_of: n, above 0: the same as in the gradient of the mean; 1 for the sum.
 
@@ -53,10 +53,10 @@ def gaussian_noise(
       to the dtype of the leaf: pass gradients in float32 (`dtype=jnp.float32`).
 
     Raises:
-      ValueError: For a number outside of its range.
+      ValueError: For a number out of its range.
 
     >>> import gradclip_jax, jax.numpy as jnp, optax
-    >>> noise = gradclip_jax.gaussian_noise(1.1, 1.0, key=0, mean_of=256)
+    >>> noise = gradclip_jax.per_example.gaussian_noise(1.1, max_norm=1.0, key=0, mean_of=256)
     >>> optimizer = optax.chain(noise, optax.sgd(0.1))
     >>> params = {"w": jnp.zeros(10_000)}
     >>> updates, state = optimizer.update(params, optimizer.init(params), params)
@@ -81,7 +81,9 @@ def gaussian_noise(
         made = jax.random.key(key) if isinstance(key, int) else jnp.copy(key)
         return NoiseState(jnp.zeros((), jnp.int32), made)
 
-    def update(updates, state, params=None, *, max_norm=None, **extra_args):
+    def update(
+        updates: Any, state: Any, params: Any = None, *, max_norm: Any = None, **extra_args: Any
+    ) -> tuple[Any, NoiseState]:
         del params, extra_args
         check_type(state, NoiseState)
         scale = [multiplier, bound if max_norm is None else max_norm, divisor]
@@ -95,7 +97,7 @@ def gaussian_noise(
             _noised(leaf, deviation, keys[i]) if is_gradient(leaf) else leaf
             for i, leaf in enumerate(leaves)
         ]
-        # With a counter that stands still the same noise would come again, and reveal gradients.
+        # A counter at its end stays there: the same noise twice would reveal gradients.
         last = state.step_count == jnp.iinfo(jnp.int32).max
         after = jax.random.fold_in(state.key, jnp.uint32(2**31))
         key = jnp.where(last, after, state.key)
@@ -109,57 +111,57 @@ def _noised(leaf: jax.Array, deviation: jax.Array, key: jax.Array) -> jax.Array:
     wide = widen(leaf)
     noise = jax.random.normal(key, wide.shape, wide.dtype)
     if jnp.iscomplexobj(wide):
-        # Of modulus 1 in both parts together: each is a coordinate and gets all of it.
+        # jax draws modulus 1, 1/sqrt(2) in each part; each is a coordinate, which needs 1.
         return (wide + noise * (math.sqrt(2) * deviation).astype(wide.dtype)).astype(leaf.dtype)
     return (wide + deviation.astype(wide.dtype) * noise).astype(leaf.dtype)
 
 
 def quantile_step(
     max_norm: Any,
-    seen: PerExample,
     *,
+    seen: PerExample,
     mean_of: Any = None,
     quantile: float = 0.5,
     learning_rate: float = 0.2,
     noise_std: Any = 0.0,
     key: Any = None,
 ) -> jax.Array:
-    r"""The next `max_norm`: one step of the limit `quantile` for the norms of a batch at once.
+    r"""The next `max_norm`: a private step toward a quantile of the per-example norms.
 
     $$ C \leftarrow C \exp(-\eta (\tilde b - q)), \qquad
        \tilde b = \tfrac12 + \tfrac1n \Big( \mathcal N(0, \sigma_b^2)
        + \sum_{i=1}^N (b_i - \tfrac12) \Big), \qquad b_i = [\lVert g_i \rVert \le C] $$
 
-    At rest a share q of the examples is not clipped. Pass the result to the next call, and the
-    noise its `max_norm` too: both are traced, so nothing is compiled anew.
+    In equilibrium a share q of the examples is not clipped. Pass the result to the next call, and
+    to the `update` of the noise: it is traced there, so that nothing is compiled anew.
 
     Args:
       max_norm: C of this step, above 0, scalar.
-      seen: What `clipped_value_and_grad` saw of the N examples of this step, with one norm each.
+      seen: From `per_example.value_and_grad`, of the N examples of this step, with one norm each.
         One that is not finite is above any C.
-      mean_of: n, above 0: by default N. In private it must be a fixed number, as the expected N.
+      mean_of: n, above 0: by default N. Privacy needs a fixed number, such as the expected N.
       quantile: q, between 0 and 1 (exclusive).
       learning_rate: eta, above 0; 0.2 in the paper.
-      noise_std: sigma_b, the noise on the count, non-negative; n / 20 in the paper. What it takes
-        of the budget comes off the gradient by `split_noise`.
+      noise_std: sigma_b, the noise on the count, non-negative; n / 20 in the paper.
+        `per_example.split_noise` takes its share of the budget from the noise of the gradient.
       key: PRNG key of this step, needed for noise.
 
     Returns:
       The next C, a scalar in float32 (float64 under x64), above 0.
 
     Raises:
-      ValueError: For a number outside of its range, or noise without a key.
+      ValueError: For a number out of its range, or noise without a key.
 
-    >>> import gradclip_jax, jax, jax.numpy as jnp
-    >>> loss = lambda w, x: (w * x).sum()
-    >>> grad = gradclip_jax.clipped_value_and_grad(loss, None)
+    >>> import jax, jax.numpy as jnp
+    >>> from gradclip_jax import per_example
+    >>> grad = per_example.value_and_grad(lambda w, x: (w * x).sum(), max_norm=None)
     >>> @jax.jit
-    ... def step(w, max_norm, x):
-    ...     (value, seen), grads = grad(w, x, max_norm=max_norm)
-    ...     return w - grads, gradclip_jax.quantile_step(max_norm, seen)
-    >>> w, max_norm = jnp.float32(0.0), jnp.float32(1.0)
+    ... def step(max_norm, x):
+    ...     (_, seen), grads = grad(jnp.float32(0.0), x, max_norm=max_norm)
+    ...     return per_example.quantile_step(max_norm, seen=seen)
+    >>> max_norm = jnp.float32(1.0)
     >>> for _ in range(100):
-    ...     w, max_norm = step(w, max_norm, jnp.array([2.0, 4.0, 8.0, 16.0]))
+    ...     max_norm = step(max_norm, jnp.array([2.0, 4.0, 8.0, 16.0]))
     >>> bool(4 <= max_norm < 8)  # two of four are not clipped
     True
 
@@ -185,27 +187,27 @@ def quantile_step(
     below = 0.5 + centred / jnp.where(n > 0, n, 1)
     _, down = limit.update(bound, bound)
     _, up = limit.update(jnp.asarray(jnp.inf, number), bound)
-    # The limit goes a share of a step down for each below it, and of one up for the rest.
+    # A share `below` of one step down, and the rest of one step up.
     return jnp.exp(below * jnp.log(down) + (1 - below) * jnp.log(up))
 
 
-def split_noise(noise_multiplier: float, noise_std: float) -> float:
-    r"""The multiplier for the gradient when the count of `quantile_step` is noised, too.
+def split_noise(noise_multiplier: float, *, noise_std: float) -> float:
+    r"""The noise multiplier of the gradient where the count of `quantile_step` is noised, too.
 
     $$ z_\Delta = (z^{-2} - (2 \sigma_b)^{-2})^{-1/2} $$
 
     Gradients with $z_\Delta$ and the count with $\sigma_b$ are together as private as gradients
-    alone with z, so z is what the accountant is told.
+    alone with z: tell the accountant z.
 
     Args:
       noise_multiplier: z, above 0.
       noise_std: sigma_b, above z / 2: below it the count alone would cost more.
 
     Raises:
-      ValueError: For a number outside of its range.
+      ValueError: For a number out of its range.
 
-    >>> from gradclip_jax import split_noise
-    >>> round(split_noise(1.0, 5.0), 4)
+    >>> from gradclip_jax import per_example
+    >>> round(per_example.split_noise(1.0, noise_std=5.0), 4)
     1.005
 
     Andrew et al. 2021, theorem 1: a count of $b_i - 1/2$ has sensitivity 1/2.

@@ -56,10 +56,10 @@ class ExampleFactors(NamedTuple):
 
 
 def equal_shares(sizes: Sequence[int]) -> Sequence[float]:
-    r"""Divide the squared limit equally: each of K groups is held to $C / \sqrt K$.
+    r"""Divide the squared limit equally: each of K groups is clipped to $C / \sqrt K$.
 
-    >>> from gradclip_jax import equal_shares
-    >>> equal_shares([30, 10])
+    >>> from gradclip_jax import per_example
+    >>> per_example.equal_shares([30, 10])
     [0.5, 0.5]
 
     McMahan, Ramage, Talwar, Zhang, *Learning Differentially Private Recurrent Language Models*,
@@ -69,10 +69,10 @@ def equal_shares(sizes: Sequence[int]) -> Sequence[float]:
 
 
 def size_shares(sizes: Sequence[int]) -> Sequence[float]:
-    r"""Divide the squared limit by size: a group of d of D elements is held to $C \sqrt{d / D}$.
+    r"""Divide the squared limit by size: d of D elements are clipped to $C \sqrt{d / D}$.
 
-    >>> from gradclip_jax import size_shares
-    >>> size_shares([30, 10])
+    >>> from gradclip_jax import per_example
+    >>> per_example.size_shares([30, 10])
     [0.75, 0.25]
 
     The other choice of McMahan et al. 2018: then all groups have one limit per element.

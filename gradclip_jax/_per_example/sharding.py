@@ -20,6 +20,7 @@ class BatchAxes(NamedTuple):
 
 
 def batch_axes(params: Any, others: Any, axis_name: Any) -> BatchAxes:
+    """Where types tell, the axes along which `others` vary; else those that the caller names."""
     named = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
     if vma_checked():
         for path, leaf in jax.tree.leaves_with_path(params):

@@ -65,7 +65,7 @@ def test_without_noise_there_is_no_privacy():
 
 def test_gradients_and_count_together_cost_what_the_accountant_is_told():
     noise, deviation = 2.0, private_digits.count_noise(64)
-    gradient = gradclip_jax.split_noise(noise, deviation)
+    gradient = gradclip_jax.per_example.split_noise(noise, noise_std=deviation)
     assert gradient > noise
     both = [gradient, deviation / 0.5]  # a count of ± 1/2 changes by 1/2 with an example
     event = dp_event.ComposedDpEvent([dp_event.GaussianDpEvent(x) for x in both])

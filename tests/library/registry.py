@@ -10,6 +10,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -424,17 +425,34 @@ def seen(state: Any) -> dict[str, jax.Array]:
     return gradclip_jax.metrics(state)
 
 
-def public_strategies() -> list[str]:
-    """Names of the public factories of a clip, read off their annotations.
+def public_modules() -> dict[str, ModuleType]:
+    """The modules that hold public names of one kind, such as `per_example`."""
+    return {
+        name: value
+        for name, value in vars(gradclip_jax).items()
+        if inspect.ismodule(value) and not name.startswith("_")
+    }
 
-    Neither translations nor noise, which is no clip.
-    """
+
+def public_names() -> dict[str, Any]:
+    """All public names and their values: flat ones, and `per_example.clip` of a public module."""
+    modules = public_modules()
+    places = {"": gradclip_jax} | {f"{name}.": module for name, module in modules.items()}
+    return {
+        f"{place}{name}": value
+        for place, module in places.items()
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+
+
+def public_strategies() -> list[str]:
+    """Names of the public factories of a clip, read off their annotations; no translations."""
     return [
         name
         for name, value in vars(gradclip_jax).items()
         if inspect.isfunction(value)
         and not name.startswith("from_")
-        and name != "gaussian_noise"
         and "GradientTransformation" in str(inspect.signature(value).return_annotation)
     ]
 

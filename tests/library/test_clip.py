@@ -140,8 +140,8 @@ def test_a_given_norm_serves_adaptive_limits():
 def test_examples_have_no_given_norm():
     """A norm of zero there would let each of them through."""
     with pytest.raises(ValueError, match="`grad_norm` must be given"):
-        gradclip_jax.per_example_clip(
-            {"w": jnp.ones((2, 3))}, 1.0, measure=gradclip_jax.given_norm("grad_norm")
+        gradclip_jax.per_example.clip(
+            {"w": jnp.ones((2, 3))}, max_norm=1.0, measure=gradclip_jax.given_norm("grad_norm")
         )
 
 
@@ -267,7 +267,7 @@ WITH_A_MEMORY = {
     "skip_spikes": gradclip_jax.skip_spikes(optax.sgd(1.0), 1.0),
     "error_feedback": gradclip_jax.error_feedback(gradclip_jax.clip_by_value(1.0)),
     "clip21": gradclip_jax.clip21(gradclip_jax.clip_by_value(1.0)),
-    "gaussian_noise": gradclip_jax.gaussian_noise(1.0, 1.0, key=0),
+    "gaussian_noise": gradclip_jax.per_example.gaussian_noise(1.0, max_norm=1.0, key=0),
 }
 
 

@@ -22,7 +22,9 @@ STATES = {
     "SkipState": gradclip_jax.skip_nonfinite(clip_by_norm(1.0)),
     "ErrorFeedbackState": gradclip_jax.error_feedback(clip_by_norm(1.0)),
     "Clip21State": gradclip_jax.clip21(clip_by_norm(1.0)),
-    "NoiseState": gradclip_jax.gaussian_noise(1.0, 1.0, key=jax.random.PRNGKey(0)),
+    "NoiseState": gradclip_jax.per_example.gaussian_noise(
+        1.0, max_norm=1.0, key=jax.random.PRNGKey(0)
+    ),
     "AdaGCState": gradclip_jax.adagc(),
     "GrowthState": gradclip_jax.limit_norm_growth(),
     "ZScoreState": gradclip_jax.zclip(),
@@ -75,7 +77,7 @@ def test_every_state_class_is_among_these():
 
 
 def test_what_was_seen_of_examples_and_norms_of_groups_are_exported():
-    grad = gradclip_jax.clipped_value_and_grad(lambda w, x: (w * x).sum(), 1.0)
+    grad = gradclip_jax.per_example.value_and_grad(lambda w, x: (w * x).sum(), max_norm=1.0)
     x = jnp.array([1.0, 2.0])
     (_, seen), _ = exported(grad, jnp.float32(1.0), x)(jnp.float32(1.0), x)
     assert int(seen.clip_count) == 1

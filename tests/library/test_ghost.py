@@ -1,4 +1,4 @@
-"""Ghost gradients: the numbers of the direct way, without the gradients of examples."""
+"""Ghost clipping: the numbers of the direct way, without the gradients of examples."""
 
 import functools
 
@@ -11,13 +11,14 @@ from flax import nnx
 from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from gradclip_jax import clipped_value_and_grad, leaf_norms
+from gradclip_jax import leaf_norms
+from gradclip_jax.per_example import value_and_grad
 
 WORDS, CLASSES, UNITS, BATCH = 40, 24, 16, 3
 
 
 class Model(nnx.Module):
-    """A table and two layers, of which one serves at two places; or what ghosts cannot do."""
+    """A table and two layers, one of them used twice; or what ghost clipping cannot do."""
 
     def __init__(self, kind="plain", dtype=jnp.float32):
         rngs = nnx.Rngs(0)
@@ -82,7 +83,7 @@ def normal(*shape):
 
 
 def traced(loss, model, *batch, ghost=True, **settings):
-    f = clipped_value_and_grad(loss, 1.0, return_norms=True, ghost=ghost, **settings)
+    f = value_and_grad(loss, max_norm=1.0, return_norms=True, ghost=ghost, **settings)
     return jax.jit(f).trace(model, *batch)
 
 
@@ -119,18 +120,18 @@ DIRECT = {
 
 
 @pytest.mark.parametrize("kind", DIRECT)
-def test_ghosts_give_the_numbers_of_the_direct_way(kind):
+def test_ghost_clipping_gives_the_numbers_of_the_direct_way(kind):
     check(loss, made(lambda: Model(kind)), *data(), direct=DIRECT[kind], microbatch_size=2)
 
 
-def test_ghosts_of_each_array_and_in_bfloat16():
+def test_ghost_clipping_of_each_array_and_in_bfloat16():
     model = made(lambda: Model(dtype=jnp.bfloat16))
     check(loss, model, *data(), measure=leaf_norms, rtol=0.05, atol=0.02)
 
 
-def test_a_ghost_adds_at_most_the_limit():
+def test_with_ghost_clipping_an_example_adds_at_most_the_limit():
     words, classes = data(1)
-    f = jax.jit(clipped_value_and_grad(loss, 0.5, ghost=True, dtype=jnp.float32))
+    f = jax.jit(value_and_grad(loss, max_norm=0.5, ghost=True, dtype=jnp.float32))
     (_, seen), grads = f(made(Model), words, classes)
     leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(grads)]
     assert 0.4999 < np.sqrt(sum((leaf**2).sum() for leaf in leaves)) <= 0.5
@@ -155,17 +156,17 @@ def test_ghost_norms_whose_squares_leave_the_range_are_measured(of_input, of_los
     limit = 0.5 * of_input * of_loss
     found = {}
     for ghost in (True, False):
-        f = clipped_value_and_grad(
-            scaled, limit, measure=leaf_norms, return_norms=True, ghost=ghost
+        f = value_and_grad(
+            scaled, max_norm=limit, measure=leaf_norms, return_norms=True, ghost=ghost
         )
         found[ghost] = jax.jit(f)(model, x, words)
     assert formed(traced(scaled, model, x, words), model) == set()
     size = np.float32(of_input * of_loss)
-    ghosts, direct = (
+    ours, direct = (
         [np.asarray(leaf) / size for leaf in jax.tree.leaves((seen.norms, grads))]
         for (_, seen), grads in found.values()
     )
-    for one, other in zip(ghosts, direct, strict=True):
+    for one, other in zip(ours, direct, strict=True):
         np.testing.assert_allclose(one, other, 2e-4, 2e-5)
     assert sum(map(int, jax.tree.leaves(found[True][0][1].clip_count))) > 0
 
@@ -175,8 +176,8 @@ def test_an_example_whose_positions_differ_much_in_scale_is_clipped():
     x = jnp.array([[[1e10, 0, 0, 0], [0, 1e-10, 0, 0]]])
     d = jnp.array([[[1e-10, 0], [0, 1e10]]])
     layer = made(lambda: nnx.Linear(4, 2, use_bias=False, rngs=nnx.Rngs(0)))
-    f = clipped_value_and_grad(
-        lambda layer, x, d: (layer(x) * d).sum(), 0.01, ghost=True, return_norms=True
+    f = value_and_grad(
+        lambda layer, x, d: (layer(x) * d).sum(), max_norm=0.01, ghost=True, return_norms=True
     )
     (_, seen), grads = jax.jit(f)(layer, x, d)
     assert 2**0.5 <= float(seen.norms[0]) < 2**0.5 * (1 + 1e-4)
@@ -217,8 +218,13 @@ class Factors(nnx.Module):
 @functools.cache
 def compiled_factors(dtype):
     """Compiled once for all that is drawn: the limit is an argument."""
-    f = clipped_value_and_grad(
-        Factors.loss, None, measure=leaf_norms, return_norms=True, ghost=True, dtype=jnp.float32
+    f = value_and_grad(
+        Factors.loss,
+        max_norm=None,
+        measure=leaf_norms,
+        return_norms=True,
+        ghost=True,
+        dtype=jnp.float32,
     )
     model = made(lambda: Factors(dtype))
     step = jax.jit(lambda model, *batch: f(model, *batch[:-1], max_norm=batch[-1]))
@@ -258,7 +264,7 @@ SHAPES = {"dense": (6,), "axes": (5, 4), "convolution": (6,), "table": (10,), "r
     cancel=st.booleans(),
     share=st.sampled_from([1e-9, 1e-5, 1e-3, 0.5]),
 )
-def test_a_ghost_adds_at_most_the_limit_whatever_the_scales_of_its_positions(
+def test_with_ghost_clipping_an_example_adds_at_most_the_limit_whatever_the_scales_of_its_positions(
     dtype, seed, of_inputs, of_products, cancel, share
 ):
     rng = np.random.default_rng(seed)
@@ -300,14 +306,14 @@ def test_no_gradient_of_an_example_is_formed():
     graph, params = nnx.split(model)
 
     def bytes_of(ghost):
-        f = clipped_value_and_grad(loss, 1.0, ghost=ghost)
+        f = value_and_grad(loss, max_norm=1.0, ghost=ghost)
         step = jax.jit(lambda p, *batch: f(nnx.merge(graph, p), *batch)[1])
         return step.lower(params, words[:, :1], classes[:, :1]).compile().memory_analysis()
 
     assert bytes_of(True).temp_size_in_bytes < bytes_of(False).temp_size_in_bytes / 2
 
 
-def test_ghosts_only_where_two_gram_matrices_are_no_larger_than_the_gradient():
+def test_ghost_clipping_only_where_two_gram_matrices_are_no_larger_than_the_gradient():
     layer = made(lambda: nnx.Linear(4, 18, rngs=nnx.Rngs(0)))
     table = made(lambda: nnx.Embed(4, 18, rngs=nnx.Rngs(0)))
     once = Layers(lambda model, x: model.layer(x), layer=layer)
@@ -323,7 +329,7 @@ def test_ghosts_only_where_two_gram_matrices_are_no_larger_than_the_gradient():
     }
 
 
-def test_ghosts_of_products_over_several_axes_and_of_attention():
+def test_ghost_clipping_of_products_over_several_axes_and_of_attention():
     def apply(model, x):
         return model.outer(x.mT), model.attention(x), model.several(x)
 
@@ -346,7 +352,7 @@ CONVOLUTIONS = {
 }
 
 
-def test_ghosts_of_convolutions():
+def test_ghost_clipping_of_convolutions():
     def layers(rngs):
         mask = np.arange(7 * 3 * 24, dtype=np.float32).reshape(7, 3, 24) % 2
         return {
@@ -366,7 +372,7 @@ def test_ghosts_of_convolutions():
     check(of_layers, made_of(apply, layers), normal(3, 7, 3), direct=direct)
 
 
-def test_ghosts_of_recurrent_networks():
+def test_ghost_clipping_of_recurrent_networks():
     def layers(rngs):
         def rnn(cell, **settings):
             return nnx.RNN(cell(8, 8, rngs=rngs), rngs=False, **settings)
@@ -405,20 +411,20 @@ def test_recurrent_networks_that_take_lengths_go_the_direct_way():
     assert formed(traced(of_layers, model, normal(3, 8)), model) == names
 
 
-def test_ghosts_in_shard_map(standard_promotion):
+def test_ghost_clipping_in_shard_map(standard_promotion):
     words, classes = data(8)
     model = made(Model)
     graph, params = nnx.split(model)
-    f = clipped_value_and_grad(loss, 1.0, ghost=True)
+    f = value_and_grad(loss, max_norm=1.0, ghost=True)
     step = jax.shard_map(
         lambda p, *batch: f(nnx.merge(graph, p), *batch)[1], mesh=make_mesh(data=8),
         in_specs=(P(), P("data"), P("data")), out_specs=P(),
     )  # fmt: skip
-    direct = jax.jit(clipped_value_and_grad(loss, 1.0))
+    direct = jax.jit(value_and_grad(loss, max_norm=1.0))
     same(jax.jit(step)(params, words, classes), nnx.state(direct(model, words, classes)[1]))
 
 
-def test_ghosts_of_examples_that_explicit_axes_split():
+def test_ghost_clipping_of_examples_that_explicit_axes_split():
     def layers(rngs):
         return {
             "dense": nnx.Linear(8, 8, rngs=rngs),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from registry import public_modules
 
 import gradclip_jax
 
@@ -23,7 +24,7 @@ LAYERS = [
     {"_guards", "_backward", "_per_example", "_strategies"},
     {"_metrics", "_upgrade"},
     {"_monitor", "_interop"},
-    {"balls", "limits", "monitor", "responses"},
+    {"per_example"},
     {"__init__"},
 ]
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
@@ -90,13 +91,25 @@ def test_only_the_reduction_and_the_devices_know_collectives():
             assert not set(calls) & set(collectives), file.name
 
 
-def test_the_public_surface_is_what_init_names():
-    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+PUBLIC = {"__init__": gradclip_jax, **public_modules()}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_the_public_surface_is_what_init_and_the_public_modules_name(module):
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
     named = [
         alias for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
     ]
     assert all(alias.asname == alias.name for alias in named)
     assert len(named) == len({alias.name for alias in named})
-    for alias in named:
-        value = getattr(gradclip_jax, alias.name)
-        assert value.__doc__, f"{alias.name} has no docstring"
+    public = {name for name in vars(PUBLIC[module]) if not name.startswith("_")}
+    assert {alias.name for alias in named} == public
+    for name in public:
+        assert getattr(PUBLIC[module], name).__doc__, f"{name} has no docstring"
+
+
+def test_public_modules_define_nothing():
+    """They are a list of names; what the names stand for is private."""
+    for module in public_modules():
+        body = ast.parse((PACKAGE / f"{module}.py").read_text()).body
+        assert all(isinstance(node, ast.Expr | ast.ImportFrom) for node in body), module

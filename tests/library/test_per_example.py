@@ -1,6 +1,7 @@
-"""Clipping each example: a Python loop as the reference, the bound, and many devices."""
+"""Per-example clipping: a Python loop as the reference, the bound, and many devices."""
 
 import functools
+import inspect
 import itertools
 import re
 
@@ -16,23 +17,25 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from gradclip_jax import (
     automatic,
-    clipped_value_and_grad,
     drop,
-    equal_shares,
-    gaussian_noise,
     global_norm,
     group_norms,
     leaf_norms,
     normalize,
-    per_example_clip,
-    quantile_step,
+    per_example,
     shrink,
-    size_shares,
     smooth,
     smooth_sqrt,
     smooth_tanh,
+)
+from gradclip_jax.per_example import (
+    equal_shares,
+    gaussian_noise,
+    quantile_step,
+    size_shares,
     split_noise,
-)  # fmt: skip
+    value_and_grad,
+)
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 BATCH, INPUTS, OUTPUTS = 7, 3, 4
@@ -140,7 +143,9 @@ by_measure = pytest.mark.parametrize(
 @pytest.mark.parametrize("response", list(RESPONSES), ids=lambda response: response.__name__)
 def test_gradients_at_hand_are_clipped_as_by_a_loop(measure, groups, share, response):
     grads, each = at_hand()
-    total, _ = per_example_clip(grads, 1.0, measure=measure, share=share, response=response)
+    total, _ = per_example.clip(
+        grads, max_norm=1.0, measure=measure, share=share, response=response
+    )
     assert_close(total, loop(each, 1.0, groups, response, share))
 
 
@@ -151,8 +156,8 @@ def test_gradients_at_hand_are_clipped_as_by_a_loop(measure, groups, share, resp
 )
 def test_a_batch_is_clipped_as_by_a_loop(measure, groups, share, dtype):
     x, y = data(dtype=dtype)
-    f = clipped_value_and_grad(
-        loss, 1.0, measure=measure, share=share, microbatch_size=3, return_norms=True
+    f = value_and_grad(
+        loss, max_norm=1.0, measure=measure, share=share, microbatch_size=3, return_norms=True
     )
     (value, seen), grads = f(params_of(dtype), x, y)
     reference = gradients(loss, params_of(dtype), x, y)
@@ -178,7 +183,7 @@ def test_a_batch_is_clipped_as_by_a_loop(measure, groups, share, dtype):
 def test_a_module_is_differentiated_as_by_nnx_and_clipped_as_by_a_loop(dtype):
     model = nnx.Linear(INPUTS, OUTPUTS, param_dtype=dtype, dtype=dtype, rngs=nnx.Rngs(0))
     x, y = data(dtype=dtype)
-    (_, seen), grads = clipped_value_and_grad(of_module, 1.0, microbatch_size=4)(model, x, y)
+    (_, seen), grads = value_and_grad(of_module, max_norm=1.0, microbatch_size=4)(model, x, y)
     theirs = nnx.grad(of_module)(model, x, y)
     assert jax.tree.structure(grads) == jax.tree.structure(theirs)
     graph, state = nnx.split(model)
@@ -191,7 +196,7 @@ def test_groups_by_label_are_clipped_each_to_their_share():
     x, y = data()
     labels = {"layer": "body", "b": "head"}
     measure = functools.partial(group_norms, labels=labels)
-    (_, seen), grads = clipped_value_and_grad(loss, 1.0, measure=measure)(params_of(), x, y)
+    (_, seen), grads = value_and_grad(loss, max_norm=1.0, measure=measure)(params_of(), x, y)
     assert_close(grads, loop(gradients(loss, params_of(), x, y), 1.0, [1, 0]))
     assert set(seen.clip_count) == {"body", "head"}
 
@@ -202,7 +207,7 @@ def test_the_mean_divides_by_the_examples_that_count_or_by_a_fixed_number():
     x = x.at[2].set(jnp.nan)  # as padding may be
     reference = [g for i, g in enumerate(gradients(loss, params_of(), x, y)) if i != 2]
     for mean_of, divisor in ((None, BATCH - 1), (10.0, 10.0)):
-        f = clipped_value_and_grad(loss, 1.0, reduction="mean", mean_of=mean_of, microbatch_size=2)
+        f = value_and_grad(loss, max_norm=1.0, reduction="mean", mean_of=mean_of, microbatch_size=2)
         (value, seen), grads = f(params_of(), x, y, mask=mask)
         assert_close(grads, [leaf / divisor for leaf in loop(reference, 1.0)])
         assert np.isfinite(value)
@@ -218,8 +223,8 @@ def test_several_arguments_and_what_the_loss_returns_beside_its_value():
         return out, {"out": out, "index": x.shape[0]}
 
     x = data()[0]
-    f = clipped_value_and_grad(
-        with_aux, 1e9, argnums=(1, -1), batch_argnums=0, has_aux=True, microbatch_size=2
+    f = value_and_grad(
+        with_aux, max_norm=1e9, argnums=(1, -1), batch_argnums=0, has_aux=True, microbatch_size=2
     )
     (value, seen), grads = f(x, jnp.float32(2.0), jnp.ones(INPUTS), power=2)
     plain = jax.grad(
@@ -234,7 +239,7 @@ def test_several_arguments_and_what_the_loss_returns_beside_its_value():
 
 def test_an_example_may_be_a_batch_itself():
     x, y = (part.reshape(2, 4, -1) for part in data(8))
-    f = clipped_value_and_grad(loss, 1.0, keep_batch_dim=False)
+    f = value_and_grad(loss, max_norm=1.0, keep_batch_dim=False)
     each = [[np.asarray(leaf) for leaf in jax.tree.leaves(jax.grad(loss)(params_of(), *of_user))]
             for of_user in zip(x, y, strict=True)]  # fmt: skip
     assert_close(f(params_of(), x, y)[1], loop(each, 1.0))
@@ -246,7 +251,7 @@ def test_keys_are_batched_as_examples_are():
 
     keys = jax.random.split(jax.random.key(0), BATCH)
     x = data()[0]
-    f = clipped_value_and_grad(noisy, None, microbatch_size=3)
+    f = value_and_grad(noisy, max_norm=None, microbatch_size=3)
     _, grads = f(jnp.ones(INPUTS), x, keys)
     np.testing.assert_allclose(
         grads, (x * jax.vmap(jax.random.normal)(keys)[:, None]).sum(0), rtol=1e-5
@@ -256,13 +261,15 @@ def test_keys_are_batched_as_examples_are():
 def test_a_filter_says_what_of_a_module_is_differentiated():
     model = nnx.Linear(INPUTS, OUTPUTS, rngs=nnx.Rngs(0))
     which = nnx.DiffState(0, nnx.PathContains("bias"))
-    _, grads = clipped_value_and_grad(of_module, 1.0, argnums=which)(model, *data())
+    _, grads = value_and_grad(of_module, max_norm=1.0, argnums=which)(model, *data())
     assert list(grads) == ["bias"]
 
 
 def test_modules_in_a_tree_are_found():
     layers = {"a": nnx.Linear(INPUTS, OUTPUTS, rngs=nnx.Rngs(0))}
-    _, grads = clipped_value_and_grad(lambda m, x, y: of_module(m["a"], x, y), 1.0)(layers, *data())
+    _, grads = value_and_grad(lambda m, x, y: of_module(m["a"], x, y), max_norm=1.0)(
+        layers, *data()
+    )
     assert set(grads["a"]) == {"kernel", "bias"}
 
 
@@ -279,8 +286,8 @@ def test_a_loss_that_changes_a_module_is_refused_and_told_what_to_do(layer):
             return self.layer(self.linear(x))
 
     model = Model(nnx.Rngs(0))
-    f = clipped_value_and_grad(of_module, 1.0)
-    with pytest.raises(ValueError, match=r"`loss` must leave the state .* `layer/.*model.eval\(\)"):
+    f = value_and_grad(of_module, max_norm=1.0)
+    with pytest.raises(ValueError, match=r"`fun` must leave the state .* `layer/.*model.eval\(\)"):
         f(model, *data())
     model.eval()
     (_, seen), _ = f(model, *data())
@@ -289,66 +296,102 @@ def test_a_loss_that_changes_a_module_is_refused_and_told_what_to_do(layer):
 
 X, Y = data()
 WRONG = {
-    "reduction": (lambda: clipped_value_and_grad(loss, 1.0, reduction="median"), "got 'median'"),
-    "mean_of without": (lambda: clipped_value_and_grad(loss, 1.0, mean_of=3), 'reduction="mean"'),
+    "reduction": (lambda: value_and_grad(loss, max_norm=1.0, reduction="median"), "got 'median'"),
+    "mean_of without": (lambda: value_and_grad(loss, max_norm=1.0, mean_of=3), 'reduction="mean"'),
     "mean_of": (
-        lambda: clipped_value_and_grad(loss, 1.0, reduction="mean", mean_of=0), "`mean_of` must be"
+        lambda: value_and_grad(loss, max_norm=1.0, reduction="mean", mean_of=0),
+        "`mean_of` must be",
     ),
     "microbatch_size": (
-        lambda: clipped_value_and_grad(loss, 1.0, microbatch_size=0), "`microbatch_size` must be"
+        lambda: value_and_grad(loss, max_norm=1.0, microbatch_size=0),
+        "`microbatch_size` must be",
     ),
-    "negative": (lambda: clipped_value_and_grad(loss, -1.0), "`max_norm` must be non-negative"),
+    "negative": (lambda: value_and_grad(loss, max_norm=-1.0), "`max_norm` must be non-negative"),
     "negative call": (
-        lambda: clipped_value_and_grad(loss, 1.0)(params_of(), X, Y, max_norm=-1.0), "got -1.0"
+        lambda: value_and_grad(loss, max_norm=1.0)(params_of(), X, Y, max_norm=-1.0),
+        "got -1.0",
     ),
-    "schedule": (lambda: clipped_value_and_grad(loss, lambda count: 1.0), "got a function"),
+    "schedule": (lambda: value_and_grad(loss, max_norm=lambda count: 1.0), "got a function"),
     "lengths": (
-        lambda: clipped_value_and_grad(loss, 1.0)(params_of(), X, Y[:3]),
+        lambda: value_and_grad(loss, max_norm=1.0)(params_of(), X, Y[:3]),
         r"argument 1 \[7, 3\], argument 2 \[3, 4\]",
     ),
-    "no batch": (lambda: clipped_value_and_grad(loss, 1.0)(params_of()), "some batch"),
+    "no batch": (lambda: value_and_grad(loss, max_norm=1.0)(params_of()), "some batch"),
     "pre_clip": (
-        lambda: clipped_value_and_grad(loss, 1.0, pre_clip=lambda g: g["b"])(params_of(), X, Y),
+        lambda: value_and_grad(loss, max_norm=1.0, pre_clip=lambda g: g["b"])(params_of(), X, Y),
         r"`pre_clip` must return .* shapes \[\[4\], \[3, 4\]\] and returned \[\[4\]\]",
     ),
     "mean_of in float32": (
-        lambda: clipped_value_and_grad(loss, 1.0, reduction="mean", mean_of=1e-320),
+        lambda: value_and_grad(loss, max_norm=1.0, reduction="mean", mean_of=1e-320),
         "`mean_of` must lie between 1.2e-38 and 3.4e\\+38, the range of float32, got 1e-320",
     ),
     "twice": (
-        lambda: clipped_value_and_grad(loss, 1.0, batch_argnums=(0, 1))(params_of(), X, Y), "once"
+        lambda: value_and_grad(loss, max_norm=1.0, batch_argnums=(0, 1))(params_of(), X, Y),
+        "once",
     ),
     "argnums": (
-        lambda: clipped_value_and_grad(loss, 1.0, argnums=3)(params_of(), X, Y), "`argnums` must be"
+        lambda: value_and_grad(loss, max_norm=1.0, argnums=3)(params_of(), X, Y),
+        "`argnums` must be",
     ),
     "mask": (
-        lambda: clipped_value_and_grad(loss, 1.0)(params_of(), X, Y, mask=jnp.ones(BATCH)),
+        lambda: value_and_grad(loss, max_norm=1.0)(params_of(), X, Y, mask=jnp.ones(BATCH)),
         r"`mask` must be one boolean for each of 7 examples, got float32\[7\]",
     ),
     "user_ids": (
-        lambda: clipped_value_and_grad(loss, 1.0)(params_of(), X, Y, user_ids=jnp.arange(3)),
+        lambda: value_and_grad(loss, max_norm=1.0)(params_of(), X, Y, user_ids=jnp.arange(3)),
         "`user_ids` must be",
     ),
-    "grads": (lambda: per_example_clip({"w": X, "b": Y[:2]}, 1.0), r"float32\[2, 4\]"),
-    "integers": (lambda: per_example_clip({"w": jnp.ones((2, 2), int)}, 1.0), "float arrays"),
-    "scalars": (lambda: per_example_clip({"w": jnp.float32(1)}, 1.0), "float arrays"),
-    "noise": (lambda: gaussian_noise(-1.0, 1.0, 0), "`noise_multiplier` must be"),
-    "noise of no limit": (lambda: gaussian_noise(1.0, None, 0), "`max_norm` must be finite"),
+    "grads": (lambda: per_example.clip({"w": X, "b": Y[:2]}, max_norm=1.0), r"float32\[2, 4\]"),
+    "integers": (
+        lambda: per_example.clip({"w": jnp.ones((2, 2), int)}, max_norm=1.0),
+        "float arrays",
+    ),
+    "scalars": (lambda: per_example.clip({"w": jnp.float32(1)}, max_norm=1.0), "float arrays"),
+    "noise": (lambda: gaussian_noise(-1.0, max_norm=1.0, key=0), "`noise_multiplier` must be"),
+    "noise of no limit": (
+        lambda: gaussian_noise(1.0, max_norm=None, key=0),
+        "`max_norm` must be finite",
+    ),
     "noise in float32": (
-        lambda: gaussian_noise(1e39, 1.0, 0), "`noise_multiplier` must lie between 1.2e-38"
+        lambda: gaussian_noise(1e39, max_norm=1.0, key=0),
+        "`noise_multiplier` must lie between 1.2e-38",
     ),
     "noise divided in float32": (
-        lambda: gaussian_noise(1.0, 1.0, 0, mean_of=1e-320), "`mean_of` must lie between 1.2e-38"
+        lambda: gaussian_noise(1.0, max_norm=1.0, key=0, mean_of=1e-320),
+        "`mean_of` must lie between 1.2e-38",
     ),
-    "limit of noise in float32": (lambda: gaussian_noise(1.0, 1e39, 0), "`max_norm` must be fin"),
+    "limit of noise in float32": (
+        lambda: gaussian_noise(1.0, max_norm=1e39, key=0),
+        "`max_norm` must be fin",
+    ),
     "noise that overflows": (
-        lambda: gaussian_noise(1e30, 1e30, 0), "noise_multiplier \\* max_norm / mean_of` must lie"
+        lambda: gaussian_noise(1e30, max_norm=1e30, key=0),
+        "noise_multiplier \\* max_norm / mean_of` must lie",
     ),
     "noise of a count": (
-        lambda: quantile_step(1.0, None, noise_std=1e39), "`noise_std` must lie between"
+        lambda: quantile_step(1.0, seen=None, noise_std=1e39),
+        "`noise_std` must lie between",
     ),
-    "split": (lambda: split_noise(2.0, 1.0), "`noise_std` must be a finite number above 1"),
-}  # fmt: skip
+    "split": (
+        lambda: split_noise(2.0, noise_std=1.0),
+        "`noise_std` must be a finite number above 1",
+    ),
+    "response": (
+        lambda: value_and_grad(loss, max_norm=1.0, response="shrink"),
+        "`response` must be a function",
+    ),
+    "response of gradients": (
+        lambda: per_example.clip({"w": X}, max_norm=1.0, response=leaf_norms),
+        "`response` must be a function of norm and limit",
+    ),
+}
+
+
+def test_only_the_first_argument_is_positional():
+    for name, value in vars(per_example).items():
+        if inspect.isfunction(value):
+            kinds = [parameter.kind for parameter in inspect.signature(value).parameters.values()]
+            assert kinds[1:] == [inspect.Parameter.KEYWORD_ONLY] * (len(kinds) - 1), name
 
 
 @pytest.mark.parametrize(("call", "message"), list(WRONG.values()), ids=list(WRONG))
@@ -359,8 +402,8 @@ def test_what_may_not_be_is_named(call, message):
 
 @pytest.mark.parametrize("users", [False, True])
 def test_a_batch_of_no_examples_gives_zeros_and_counts_of_0(users):
-    f = clipped_value_and_grad(
-        lambda *args: (loss(*args), args[1]), 1.0, has_aux=True, return_norms=True,
+    f = value_and_grad(
+        lambda *args: (loss(*args), args[1]), max_norm=1.0, has_aux=True, return_norms=True,
         measure=leaf_norms, reduction="mean", microbatch_size=2, dtype=jnp.bfloat16,
     )  # fmt: skip
     given = {"user_ids": jnp.zeros(0, jnp.int32)} if users else {"mask": jnp.ones(0, bool)}
@@ -375,15 +418,15 @@ def test_a_batch_of_no_examples_gives_zeros_and_counts_of_0(users):
         )
         assert exact_norm(grads) == 0
     model = nnx.Linear(INPUTS, OUTPUTS, rngs=nnx.Rngs(0))
-    (_, seen), grads = clipped_value_and_grad(of_module, 1.0, ghost=True)(model, X[:0], Y[:0])
+    (_, seen), grads = value_and_grad(of_module, max_norm=1.0, ghost=True)(model, X[:0], Y[:0])
     assert int(seen.example_count) == exact_norm(grads) == 0
-    total, clipped = per_example_clip({"w": X[:0]}, 1.0)
+    total, clipped = per_example.clip({"w": X[:0]}, max_norm=1.0)
     np.testing.assert_array_equal(total["w"], np.zeros(INPUTS))
     assert int(clipped) == 0
 
 
 def test_no_example_on_any_device_of_shard_map_gives_zeros(mesh):
-    f = clipped_value_and_grad(loss, 1.0)
+    f = value_and_grad(loss, max_norm=1.0)
     step = jax.shard_map(
         lambda *args: f(*args)[1], mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P()
     )
@@ -391,7 +434,7 @@ def test_no_example_on_any_device_of_shard_map_gives_zeros(mesh):
 
 
 def test_parameters_may_be_numbers():
-    f = clipped_value_and_grad(lambda w, x: w["a"] * x.sum() + w["b"].sum(), 1.0)
+    f = value_and_grad(lambda w, x: w["a"] * x.sum() + w["b"].sum(), max_norm=1.0)
     _, grads = f({"a": 2.0, "b": np.zeros(1)}, jnp.array([[3.0], [0.0]]))
     np.testing.assert_allclose(grads["a"], 3 / 10**0.5, rtol=3e-5)
     np.testing.assert_allclose(grads["b"], [1 / 10**0.5 + 1], rtol=3e-5)
@@ -402,18 +445,18 @@ def test_what_is_done_before_the_clip_counts_in_the_norm():
         return {"layer": jax.tree.map(lambda x: 2 * x, grads["layer"]), "b": 0 * grads["b"]}
 
     each = [[0 * b, 2 * w] for b, w in gradients(loss, params_of(), X, Y)]
-    f = clipped_value_and_grad(loss, 1.0, pre_clip=without_b, microbatch_size=3)
+    f = value_and_grad(loss, max_norm=1.0, pre_clip=without_b, microbatch_size=3)
     assert_close(f(params_of(), X, Y)[1], loop(each, 1.0))
     ids = np.array([5, 2, 5, 5, 9, 2, 5])
     users = f(params_of(), X, Y, user_ids=jnp.asarray(ids))[1]
     assert_close(users, users_loop(each, ids, 1.0)[0])
 
 
-def test_with_a_function_before_the_clip_ghosts_go_the_direct_way():
+def test_with_a_function_before_the_clip_ghost_clipping_goes_the_direct_way():
     model = nnx.Linear(INPUTS, OUTPUTS, rngs=nnx.Rngs(0))
     doubled = {"pre_clip": lambda grads: jax.tree.map(lambda x: 2 * x, grads)}
     ghost, direct = (
-        clipped_value_and_grad(of_module, 1.0, ghost=ghost, **doubled)(model, X, Y)[1]
+        value_and_grad(of_module, max_norm=1.0, ghost=ghost, **doubled)(model, X, Y)[1]
         for ghost in (True, False)
     )
     jax.tree.map(np.testing.assert_array_equal, ghost, direct)
@@ -436,9 +479,9 @@ SHAPES = {"a": (3, 5), "b": (7,), "c": ()}
 def compiled_clip(measure, response, dtype):
     """One program for each rule: the bound is an argument."""
     clip = functools.partial(
-        per_example_clip, measure=measure, response=response, dtype=jnp.float32
+        per_example.clip, measure=measure, response=response, dtype=jnp.float32
     )
-    program = jax.jit(lambda grads, max_norm: clip(grads, max_norm))
+    program = jax.jit(lambda grads, max_norm: clip(grads, max_norm=max_norm))
     return lambda grads, c: program(
         {key: jnp.asarray(leaf, dtype) for key, leaf in grads.items()}, jnp.float32(c)
     )
@@ -496,7 +539,7 @@ def test_the_order_of_examples_does_not_matter(order, rule):
 @pytest.mark.parametrize("max_norm", [1e37, 3e38])
 def test_a_zero_example_is_zero_under_the_largest_automatic_limit(max_norm):
     """The factor is 1e39, and zero times infinity is NaN."""
-    clip = functools.partial(per_example_clip, max_norm=max_norm, response=automatic)
+    clip = functools.partial(per_example.clip, max_norm=max_norm, response=automatic)
     total, _ = clip(jnp.array([[0.0, 0.0], [0.99, 0.0]]))
     np.testing.assert_allclose(total, [0.99 * max_norm, 0.0], rtol=1e-4)
 
@@ -504,7 +547,7 @@ def test_a_zero_example_is_zero_under_the_largest_automatic_limit(max_norm):
 @pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev], ids=["forward", "backward"])
 def test_an_example_that_is_not_finite_has_a_derivative_of_zero(mode):
     grads = jnp.array([[jnp.nan, 1.0], [0.3, 0.4]])
-    rows = mode(lambda grads: per_example_clip(grads, 1.0)[0])(grads)
+    rows = mode(lambda grads: per_example.clip(grads, max_norm=1.0)[0])(grads)
     np.testing.assert_allclose(rows, [[[0, 0], [1, 0]], [[0, 0], [0, 1]]])
 
 
@@ -524,14 +567,14 @@ def test_zero_gradients_stay_zero_and_limits_0_and_infinity_mean_what_they_say(r
 
 
 def test_the_margin_below_the_limit_is_the_one_that_is_documented():
-    total, _ = per_example_clip({"w": jnp.array([[4.0, 0.0]])}, 1.0)
+    total, _ = per_example.clip({"w": jnp.array([[4.0, 0.0]])}, max_norm=1.0)
     assert float(total["w"][0]) == 1 - 2**-16 - 2**-23
-    assert "2^-16" in (per_example_clip.__doc__ or "")
+    assert "2^-16" in (per_example.clip.__doc__ or "")
 
 
 def test_bfloat16_arrays_do_not_double_what_an_example_adds():
     grads = [jnp.ones((1, 400), jnp.bfloat16)] * 48
-    total, _ = per_example_clip(grads, 1.0, dtype=jnp.float32)
+    total, _ = per_example.clip(grads, max_norm=1.0, dtype=jnp.float32)
     assert 0.9999 < exact_norm(total) <= 1
 
 
@@ -543,7 +586,7 @@ def test_complex_gradients_and_many_examples_are_added_up_as_by_numpy():
     grads["z"] = (grads["a"] + 1j * grads["a"]).astype(np.complex64)
     grads["b"][3] = np.nan
     each = [[leaf[i] for leaf in grads.values()] for i in range(19) if i != 3]
-    total, _ = per_example_clip(grads, 1.0)
+    total, _ = per_example.clip(grads, max_norm=1.0)
     factors = [min(1, 1 / np.sqrt(sum((abs(leaf) ** 2).sum() for leaf in one))) for one in each]
     for i, leaf in enumerate(total.values()):
         expected = sum(factor * one[i] for factor, one in zip(factors, each, strict=True))
@@ -553,7 +596,7 @@ def test_complex_gradients_and_many_examples_are_added_up_as_by_numpy():
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_norms_whose_squares_leave_the_range_are_measured(size):
     grads = {"w": size * jnp.array([[3.0, 4.0], [0.3, 0.4]])}
-    total, clipped = per_example_clip(grads, size)
+    total, clipped = per_example.clip(grads, max_norm=size)
     np.testing.assert_allclose(total["w"] / size, [0.9, 1.2], rtol=3e-5)
     assert int(clipped) == 1
 
@@ -564,13 +607,13 @@ def test_norms_whose_squares_leave_the_range_are_measured(size):
 @pytest.mark.parametrize("max_norm", [np.inf, 0.0, 1.25])
 def test_where_optax_is_right_it_is_the_same(max_norm, standard_promotion):
     grads = [jnp.array([[0, 0, 0], [0, 3, 4], [4, 0, 3], [3, 4, 0.0]]), jnp.ones((4, 2)) / 2]
-    ours, theirs = per_example_clip(grads, max_norm), optax.per_example_global_norm_clip(
+    ours, theirs = per_example.clip(grads, max_norm=max_norm), optax.per_example_global_norm_clip(
         grads, max_norm
     )  # fmt: skip
     for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(left, right, rtol=3e-5)
     for share, uniform in ((equal_shares, True), (size_shares, False)):
-        ours = per_example_clip(grads, max_norm, measure=leaf_norms, share=share)
+        ours = per_example.clip(grads, max_norm=max_norm, measure=leaf_norms, share=share)
         theirs = optax.per_example_layer_norm_clip(grads, max_norm, uniform)
         assert jax.tree.structure(ours) == jax.tree.structure(theirs)
         for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
@@ -580,7 +623,7 @@ def test_where_optax_is_right_it_is_the_same(max_norm, standard_promotion):
 def test_one_example_with_nan_destroys_the_sum_of_optax_and_not_ours():
     grads = [jnp.array([[3.0, 4.0], [jnp.nan, 1.0]])]
     assert np.isnan(optax.per_example_global_norm_clip(grads, 1.0)[0][0]).any()
-    np.testing.assert_allclose(per_example_clip(grads, 1.0)[0][0], [0.6, 0.8], rtol=3e-5)
+    np.testing.assert_allclose(per_example.clip(grads, max_norm=1.0)[0][0], [0.6, 0.8], rtol=3e-5)
 
 
 # --- memory ---
@@ -592,7 +635,7 @@ def temporary_bytes(batch, microbatch_size):
     def linear(w, x, y):
         return ((jnp.tanh(x @ w) - y) ** 2).mean()
 
-    f = clipped_value_and_grad(linear, 1.0, microbatch_size=microbatch_size)
+    f = value_and_grad(linear, max_norm=1.0, microbatch_size=microbatch_size)
     shapes = [(128, 128), (batch, 128), (batch, 128)]
     specs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     program = jax.jit(lambda *args: f(*args)[1]).lower(*specs).compile()
@@ -616,7 +659,8 @@ def users_loop(grads, ids, max_norm, average=False, mask=None):
     mask = np.ones(len(ids), bool) if mask is None else mask
     sums = []
     for user in np.unique(ids[mask]):
-        chosen = [one for one, i, real in zip(grads, ids, mask, strict=True) if i == user and real]
+        mine = mask & (ids == user)
+        chosen = [one for one, counts in zip(grads, mine, strict=True) if counts]
         divisor = len(chosen) if average else 1
         sums.append([sum(leaves) / divisor for leaves in zip(*chosen, strict=True)])
     return loop(sums, max_norm), sums
@@ -626,8 +670,9 @@ def users_loop(grads, ids, max_norm, average=False, mask=None):
 def test_the_examples_of_a_user_are_clipped_as_one_however_many(size, average):
     ids = np.array([5, -2, 5, 5, 9, -2, 5])  # one has more examples than a micro-batch
     mask = np.array([True, True, True, False, True, True, True])
-    f = clipped_value_and_grad(
-        lambda *args: (loss(*args), args[1][0, 0]), 1.0, has_aux=True, microbatch_size=size,
+    f = value_and_grad(
+        lambda *args: (loss(*args), args[1][0, 0]),
+        max_norm=1.0, has_aux=True, microbatch_size=size,
         average_users=average, return_norms=True, reduction="mean",
     )  # fmt: skip
     (value, seen), grads = f(params_of(), X, Y, user_ids=jnp.asarray(ids), mask=jnp.asarray(mask))
@@ -645,7 +690,7 @@ def test_the_examples_of_a_user_are_clipped_as_one_however_many(size, average):
 def test_an_example_that_is_not_finite_drops_its_user_and_no_other():
     ids = np.array([0, 1, 0, 2, 1, 2, 0])
     x = X.at[4].set(jnp.inf)
-    f = clipped_value_and_grad(loss, 1.0, microbatch_size=2)
+    f = value_and_grad(loss, max_norm=1.0, microbatch_size=2)
     (_, seen), grads = f(params_of(), x, Y, user_ids=jnp.asarray(ids))
     kept = ids != 1
     each = gradients(loss, params_of(), X, Y)
@@ -674,7 +719,7 @@ def test_under_jit_no_device_sees_the_examples_of_another(expected, mesh):
     x, y = data(16)
     split = NamedSharding(mesh, P("data"))
     whole = NamedSharding(mesh, P())
-    f = clipped_value_and_grad(loss, 1.0, microbatch_size=8, return_norms=True)
+    f = value_and_grad(loss, max_norm=1.0, microbatch_size=8, return_norms=True)
     step = jax.jit(f, in_shardings=(whole, split, split))
     program = step.lower(params_of(), x, y).compile()
     assert set(collectives(program)) == {"all-reduce"}
@@ -686,7 +731,7 @@ def test_under_jit_no_device_sees_the_examples_of_another(expected, mesh):
 
 def test_in_shard_map_each_device_clips_its_own_and_they_meet_once(expected, mesh):
     x, y = data(16)
-    f = clipped_value_and_grad(loss, 1.0, microbatch_size=1, return_norms=True)
+    f = value_and_grad(loss, max_norm=1.0, microbatch_size=1, return_norms=True)
 
     def local(params, x, y):
         (value, seen), grads = f(params, x, y)
@@ -704,7 +749,7 @@ def test_in_shard_map_each_device_clips_its_own_and_they_meet_once(expected, mes
     found = re.findall(r".* (?:all-\w+|collective-\w+|reduce-scatter)\(.*", text)
     assert found
     assert all(" all-reduce(" in line and "while" not in line for line in found)
-    (alone, seen), _ = clipped_value_and_grad(loss, 1.0, return_norms=True)(params_of(), x, y)
+    (alone, seen), _ = value_and_grad(loss, max_norm=1.0, return_norms=True)(params_of(), x, y)
     np.testing.assert_allclose(value, alone, rtol=1e-5)
     np.testing.assert_allclose(norms, seen.norms, rtol=1e-5)
     assert int(clipped) == int(seen.clip_count)
@@ -714,7 +759,7 @@ def test_without_checked_types_the_axis_must_be_named(expected, mesh):
     x, y = data(16)
 
     def step(axis_name):
-        f = clipped_value_and_grad(loss, 1.0, axis_name=axis_name)
+        f = value_and_grad(loss, max_norm=1.0, axis_name=axis_name)
         return shard_map(
             lambda *args: f(*args)[1], mesh=mesh, in_specs=(P(), P("data"), P("data")),
             out_specs=P(), check_vma=False,
@@ -727,7 +772,7 @@ def test_without_checked_types_the_axis_must_be_named(expected, mesh):
 
 def test_split_parameters_in_shard_map_are_refused(mesh):
     def local(w, x):
-        return clipped_value_and_grad(lambda w, x: (x * w).sum(), 1.0)(w, x)[1]
+        return value_and_grad(lambda w, x: (x * w).sum(), max_norm=1.0)(w, x)[1]
 
     with pytest.raises(ValueError, match="parameters must be replicated"):
         shard_map(local, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))(
@@ -738,7 +783,7 @@ def test_split_parameters_in_shard_map_are_refused(mesh):
 def test_users_in_shard_map_are_clipped_on_their_device(mesh):
     x, y = data(16)
     ids = np.repeat(np.arange(8), 2)
-    f = clipped_value_and_grad(loss, 1.0, microbatch_size=1)
+    f = value_and_grad(loss, max_norm=1.0, microbatch_size=1)
     step = jax.jit(
         jax.shard_map(
             lambda p, x, y, ids: f(p, x, y, user_ids=ids)[1], mesh=mesh,
@@ -759,7 +804,7 @@ def test_split_examples_under_jit_are_clipped_as_whole_ones(kind, users, size):
     mask = np.arange(16) != 3
     with jax.set_mesh(make_mesh(kind, data=8)):
         split = NamedSharding(jax.sharding.get_mesh(), P("data"))
-        f = clipped_value_and_grad(loss, 1.0, microbatch_size=size, return_norms=True)
+        f = value_and_grad(loss, max_norm=1.0, microbatch_size=size, return_norms=True)
         given = {"mask": mask, "user_ids": ids} if users else {"mask": mask}
         given = jax.device_put({name: jnp.asarray(x) for name, x in given.items()}, split)
         (_, seen), grads = jax.jit(f)(params_of(), *jax.device_put((x, y), split), **given)
@@ -767,7 +812,7 @@ def test_split_examples_under_jit_are_clipped_as_whole_ones(kind, users, size):
     if users:
         whole = users_loop(each, ids, 1.0, mask=mask)[0]
     else:
-        whole = loop([one for one, real in zip(each, mask, strict=True) if real], 1.0)
+        whole = loop([one for one, counts in zip(each, mask, strict=True) if counts], 1.0)
     assert_close(grads, whole)
     assert int(seen.example_count) == (5 if users else 15)
 
@@ -779,7 +824,7 @@ def test_split_parameters_under_jit_are_clipped_as_whole_ones(expected):
     split = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     params = jax.device_put(params_of(), split)
     batch = jax.device_put((x, y), NamedSharding(mesh, P("data")))
-    _, grads = jax.jit(clipped_value_and_grad(loss, 1.0, microbatch_size=4))(params, *batch)
+    _, grads = jax.jit(value_and_grad(loss, max_norm=1.0, microbatch_size=4))(params, *batch)
     assert_close(grads, expected)
 
 
@@ -795,7 +840,7 @@ def test_explicit_axes_split_examples_parameters_and_scalars_without_a_mesh_that
     x, y = data(16)
     params = {"w": jnp.ones((x.shape[1], 4)), "scale": jnp.float32(0.5)}
     given = {"w": split(params["w"], None, "model"), "scale": split(params["scale"])}
-    f = clipped_value_and_grad(linear, 1.0, microbatch_size=8)
+    f = value_and_grad(linear, max_norm=1.0, microbatch_size=8)
     for step in (jax.jit(f), f):
         (_, seen), grads = step(given, split(x, "data"), split(y, "data"))
         assert_close(grads, loop(gradients(linear, params, x, y), 1.0))
@@ -809,7 +854,7 @@ def test_gradients_at_hand_that_explicit_axes_split_are_clipped_as_whole_ones(ji
     x, y = data(16)
     each = gradients(loss, params_of(), x, y)
     grads = [jnp.stack(leaves) for leaves in zip(*each, strict=True)]
-    clip = functools.partial(per_example_clip, max_norm=1.0)
+    clip = functools.partial(per_example.clip, max_norm=1.0)
     total, clipped = (jax.jit(clip) if jit else clip)(jax.device_put(grads, split))
     alone, clipped_alone = clip(grads)
     assert_close(total, alone)
@@ -820,7 +865,7 @@ def test_gradients_at_hand_that_explicit_axes_split_are_clipped_as_whole_ones(ji
 
 
 def test_the_noise_has_the_deviation_it_says_and_is_drawn_anew_at_each_step():
-    noise = gaussian_noise(2.0, 3.0, jax.random.key(0), mean_of=4)
+    noise = gaussian_noise(2.0, max_norm=3.0, key=jax.random.key(0), mean_of=4)
     zeros = {"a": jnp.zeros(20_000), "b": jnp.zeros(20_000), "ids": jnp.arange(3)}
     state = noise.init(zeros)
     first, state = noise.update(zeros, state)
@@ -834,20 +879,20 @@ def test_the_noise_has_the_deviation_it_says_and_is_drawn_anew_at_each_step():
 
 def test_no_noise_is_none_also_at_an_infinite_limit_and_a_multiplier_of_nan_is_seen():
     """A limit that is traced may be infinite where nothing is clipped."""
-    noise = gaussian_noise(0.0, 1.0, key=0)
+    noise = gaussian_noise(0.0, max_norm=1.0, key=0)
     step = jax.jit(lambda grads, limit: noise.update(grads, noise.init(grads), max_norm=limit)[0])
     np.testing.assert_array_equal(step(jnp.arange(3.0), jnp.inf), [0, 1, 2])
 
     @jax.jit
     def noised(multiplier):
-        noise = gaussian_noise(multiplier, 1.0, key=0)
+        noise = gaussian_noise(multiplier, max_norm=1.0, key=0)
         return noise.update(jnp.ones(3), noise.init(jnp.ones(3)))[0]
 
     assert np.isnan(noised(jnp.nan)).all()
 
 
 def test_a_counter_at_its_end_stops_and_its_noise_is_never_that_of_before():
-    noise = gaussian_noise(1.0, 1.0, 0)
+    noise = gaussian_noise(1.0, max_norm=1.0, key=0)
     zeros, last = jnp.zeros(8), jnp.iinfo(jnp.int32).max
     state = noise.init(zeros)._replace(step_count=jnp.int32(last - 1))
     seen = []
@@ -859,7 +904,7 @@ def test_a_counter_at_its_end_stops_and_its_noise_is_never_that_of_before():
 
 
 def test_noise_and_gradient_are_rounded_together():
-    noise = gaussian_noise(1.0, 1.0, 0)
+    noise = gaussian_noise(1.0, max_norm=1.0, key=0)
     fine, coarse = (
         noise.update([jnp.ones(8, dtype)], noise.init([]))[0][0]
         for dtype in (jnp.float32, jnp.bfloat16)
@@ -869,7 +914,7 @@ def test_noise_and_gradient_are_rounded_together():
 
 
 def test_complex_noise_has_its_deviation_in_both_parts():
-    noise = gaussian_noise(1.0, 1.0, 0)
+    noise = gaussian_noise(1.0, max_norm=1.0, key=0)
     noised, _ = noise.update(jnp.zeros(20_000, jnp.complex64), noise.init([]))
     assert float(noised.real.std()) == pytest.approx(1, rel=0.03)
     assert float(noised.imag.std()) == pytest.approx(1, rel=0.03)
@@ -878,9 +923,9 @@ def test_complex_noise_has_its_deviation_in_both_parts():
 @pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.adam(0.01)])
 def test_a_private_step_with_an_adaptive_limit_compiles_once(optimizer, standard_promotion):
     x, y = data(16)
-    f = clipped_value_and_grad(loss, None, microbatch_size=4, dtype=jnp.float32)
-    z = split_noise(0.5, 16 / 20)
-    chain = optax.chain(gaussian_noise(z, 1.0, 1), optax.scale(1 / 16), optimizer)
+    f = value_and_grad(loss, max_norm=None, microbatch_size=4, dtype=jnp.float32)
+    z = split_noise(0.5, noise_std=16 / 20)
+    chain = optax.chain(gaussian_noise(z, max_norm=1.0, key=1), optax.scale(1 / 16), optimizer)
     traces = 0
 
     @jax.jit
@@ -889,7 +934,7 @@ def test_a_private_step_with_an_adaptive_limit_compiles_once(optimizer, standard
         traces += 1
         (_, seen), grads = f(params, x, y, max_norm=max_norm)
         updates, state = chain.update(grads, state, params, max_norm=max_norm)
-        next_norm = quantile_step(max_norm, seen, mean_of=16, noise_std=16 / 20, key=key)
+        next_norm = quantile_step(max_norm, seen=seen, mean_of=16, noise_std=16 / 20, key=key)
         return optax.apply_updates(params, updates), state, next_norm, seen
 
     params, max_norm = params_of(), jnp.float32(8.0)
@@ -904,16 +949,16 @@ def test_a_private_step_with_an_adaptive_limit_compiles_once(optimizer, standard
 
 
 def test_a_quantile_step_is_that_of_the_paper():
-    f = clipped_value_and_grad(lambda w, x: (w * x).sum(), 3.0)
+    f = value_and_grad(lambda w, x: (w * x).sum(), max_norm=3.0)
     (_, seen), _ = f(jnp.float32(0.0), jnp.array([1.0, 2.0, 4.0, jnp.nan]))
     # Two of four are not clipped, so b = 1/2; with n = 10, b = 1/2 too, as the count is centred.
     for mean_of in (None, 10):
-        moved = quantile_step(3.0, seen, mean_of=mean_of, quantile=0.7, learning_rate=0.2)
+        moved = quantile_step(3.0, seen=seen, mean_of=mean_of, quantile=0.7, learning_rate=0.2)
         assert float(moved) == pytest.approx(3 * np.exp(-0.2 * (0.5 - 0.7)), rel=1e-5)
     with pytest.raises(ValueError, match="`key` must be given"):
-        quantile_step(3.0, seen, noise_std=1.0)
+        quantile_step(3.0, seen=seen, noise_std=1.0)
     steps = [
-        float(quantile_step(3.0, seen, noise_std=0.4, key=key))
+        float(quantile_step(3.0, seen=seen, noise_std=0.4, key=key))
         for key in jax.random.split(jax.random.key(0), 60)
     ]
     shares = -np.log(np.array(steps) / 3) / 0.2 + 0.5
@@ -921,7 +966,7 @@ def test_a_quantile_step_is_that_of_the_paper():
 
 
 def test_the_split_of_the_noise_is_that_of_the_paper():
-    assert split_noise(1.0, 5.0) == pytest.approx((1 - 1 / 100) ** -0.5)
+    assert split_noise(1.0, noise_std=5.0) == pytest.approx((1 - 1 / 100) ** -0.5)
 
 
 def test_flax_is_not_imported_by_the_library():
@@ -929,8 +974,9 @@ def test_flax_is_not_imported_by_the_library():
     import sys
 
     code = (
-        "import sys, jax.numpy as jnp, gradclip_jax as g;"
-        "g.clipped_value_and_grad(lambda w, x: (w * x).sum(), 1.0)(jnp.ones(2), jnp.ones((3, 2)));"
+        "import sys, jax.numpy as jnp; from gradclip_jax.per_example import value_and_grad;"
+        "f = value_and_grad(lambda w, x: (w * x).sum(), max_norm=1.0);"
+        "f(jnp.ones(2), jnp.ones((3, 2)));"
         "print('flax' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

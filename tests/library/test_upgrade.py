@@ -172,7 +172,7 @@ def test_a_clip_with_an_injected_limit_may_be_new():
 
 
 def test_the_noise_of_private_training_goes_on_where_it_was():
-    noise = gradclip_jax.gaussian_noise(1.0, 1.0, key=0)
+    noise = gradclip_jax.per_example.gaussian_noise(1.0, max_norm=1.0, key=0)
     old, new = optax.chain(noise, ADAM), optax.chain(CLIP, noise, ADAM)
     assert int(goes_on(old, new, taken=[0])[1].step_count) == 3
 

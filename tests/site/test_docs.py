@@ -13,22 +13,12 @@ from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from registry import public_limits, public_strategies
+from registry import public_limits, public_modules, public_names, public_strategies
 from test_layers import LAYERS
-
-import gradclip_jax
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-MODULES = {
-    name: value
-    for name, value in vars(gradclip_jax).items()
-    if not name.startswith("_") and isinstance(value, ModuleType)
-}
-PUBLIC = [
-    *(name for name in vars(gradclip_jax) if not name.startswith("_") and name not in MODULES),
-    *(f"{module}.{name}" for module in MODULES for name in vars(MODULES[module]) if name[0] != "_"),
-]
+PUBLIC = set(public_names())
 
 LOADS = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src"}
 
@@ -157,6 +147,7 @@ def test_every_public_name_has_an_entry_in_the_reference(site, built):
     api = built / "html" / "docs" / "api"
     anchors = set().union(*(page.anchors for file, page in site.items() if api in file.parents))
     assert {f"gradclip_jax.{name}" for name in PUBLIC} <= anchors
+    assert {f"module-gradclip_jax.{name}" for name in public_modules()} <= anchors
     assert len(PUBLIC) > 60
 
 
@@ -165,7 +156,7 @@ def test_every_strategy_limit_response_and_norm_has_its_equation_in_a_table():
     shown = {
         name
         for cell, rest in re.findall(r"^\| (`.*?) \|(.*)$", rows, flags=re.MULTILINE)
-        for name in re.findall(r"`(\w+)", cell)
+        for name in re.findall(r"`([\w.]+)", cell)
         if "$" in rest
     }
     responses = {"shrink", "normalize", "smooth", "smooth_sqrt", "smooth_tanh", "drop"}
@@ -173,7 +164,7 @@ def test_every_strategy_limit_response_and_norm_has_its_equation_in_a_table():
     others = {"clip_cotangent", "from_torch", "from_keras", "from_lightning", "from_transformers"}
     wanted = {*public_strategies(), *public_limits(), *responses, *norms, *others}
     assert wanted - {"clip_to_limit"} <= shown
-    assert shown <= set(PUBLIC)
+    assert shown <= PUBLIC
 
 
 def test_notebooks_benchmarks_and_examples_are_on_the_site(site, built):
