@@ -647,7 +647,7 @@ def test_memory_is_flat_in_the_batch():
     weights = 4 * 128 * 128
     assert large - small <= 2 * (1024 - 64) * 128 * 4 + 2**14  # the batch itself, laid out anew
     assert small < (3 + 2 * 8) * weights
-    # The gradients of all examples once; what is scaled for a sum of squares is no copy.
+    # The gradients of all examples once; the scaled ones for a sum of squares are not a copy.
     assert 60 * weights < temporary_bytes(64, None) < 70 * weights
 
 
