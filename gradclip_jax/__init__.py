@@ -2,7 +2,13 @@
 
 import importlib.metadata as _metadata
 
-from . import per_example as per_example
+from . import (
+    balls as balls,
+    limits as limits,
+    monitor as monitor,
+    per_example as per_example,
+    responses as responses,
+)
 from ._backward import clip_cotangent as clip_cotangent
 from ._clip import clip_norms as clip_norms, clip_to_limit as clip_to_limit
 from ._given import given_norm as given_norm
@@ -28,15 +34,6 @@ from ._norms import (
     group_norms as group_norms,
     leaf_norms as leaf_norms,
     unit_norms as unit_norms,
-)
-from ._per_example.rule import automatic as automatic
-from ._rescale import (
-    drop as drop,
-    normalize as normalize,
-    shrink as shrink,
-    smooth as smooth,
-    smooth_sqrt as smooth_sqrt,
-    smooth_tanh as smooth_tanh,
 )
 from ._state import ClipState as ClipState
 from ._strategies.adagc import adagc as adagc

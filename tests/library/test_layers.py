@@ -24,7 +24,7 @@ LAYERS = [
     {"_guards", "_backward", "_per_example", "_strategies"},
     {"_metrics", "_upgrade"},
     {"_monitor", "_interop"},
-    {"per_example"},
+    {"balls", "limits", "monitor", "per_example", "responses"},
     {"__init__"},
 ]
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}

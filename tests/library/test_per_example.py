@@ -15,19 +15,7 @@ from flax import nnx
 from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from gradclip_jax import (
-    automatic,
-    drop,
-    global_norm,
-    group_norms,
-    leaf_norms,
-    normalize,
-    per_example,
-    shrink,
-    smooth,
-    smooth_sqrt,
-    smooth_tanh,
-)
+from gradclip_jax import global_norm, group_norms, leaf_norms, per_example
 from gradclip_jax.per_example import (
     equal_shares,
     gaussian_noise,
@@ -35,6 +23,15 @@ from gradclip_jax.per_example import (
     size_shares,
     split_noise,
     value_and_grad,
+)
+from gradclip_jax.responses import (
+    automatic,
+    drop,
+    normalize,
+    shrink,
+    smooth,
+    smooth_sqrt,
+    smooth_tanh,
 )
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
