@@ -33,8 +33,8 @@ def from_torch(
     $$ g \leftarrow g \cdot \min\!\Big(1, \frac{\text{max\_norm}}{\lVert g \rVert_p +
        \epsilon}\Big) $$
 
-    For a training loop that comes from PyTorch and should go on as it was. What is new, begin
-    with `clip_by_global_norm(max_norm)`: without epsilon, and a NaN cannot spread.
+    For a training loop that comes from PyTorch. A new one takes `clip_by_global_norm(max_norm)`:
+    without epsilon, and a NaN cannot spread.
 
     Args:
       max_norm: Largest norm that passes, non-negative; a number or a schedule, see
@@ -44,14 +44,13 @@ def from_torch(
         waits for the norm at every step, as PyTorch does. A compiled one raises through a host
         callback in a branch that is taken only then: the error (`jax.errors.JaxRuntimeError`,
         which is a RuntimeError) comes where a result of that step is waited for, and what was
-        donated to it is lost. Each call of such a program starts 0.14 ms later (jax 0.10.2, one
-        CPU device), and it cannot be exported nor kept in the persistent compilation cache.
+        donated to it is lost. Such a program can neither be exported nor kept in the persistent
+        compilation cache.
       eps: Added to the norm, finite and non-negative; PyTorch has 1e-6, so at a norm of `max_norm`
         the factor is a little below 1. 0 for none.
       axis_name: See `global_norm`.
-      on_nonfinite: See `clip_to_limit`. `"propagate"` is nearest to PyTorch: a NaN makes all
-        gradients NaN there and here; after an infinite element PyTorch has NaN in its place and 0
-        elsewhere, here all are NaN.
+      on_nonfinite: See `clip_to_limit`. `"propagate"` is nearest to PyTorch: a NaN makes all NaN
+        there and here; an infinite element makes itself NaN and the others 0 there, all NaN here.
 
     Returns:
       A transformation with a `ClipState`; what PyTorch returns is `grad_norm` in

@@ -50,8 +50,7 @@ def adagc(
        \gamma_\ell \leftarrow \beta \gamma_\ell
        + (1 - \beta) \min(\lVert g_\ell \rVert, \lambda \gamma_\ell) $$
 
-    For the pre-training of large models, in which spikes begin in a few arrays and at different
-    times; no array pays for another.
+    For pre-training, where spikes begin in a few arrays: no array pays for another.
 
     Args:
       ratio: lambda, above 1; 1.04 in the authors' code, 1.03 to 1.05 in the paper.
@@ -59,17 +58,14 @@ def adagc(
       warmup_steps: Steps with the global clip, at least 1; 100 in the paper.
       max_norm: Limit of the global norm in the warm-up, as in `clip_by_global_norm`; 1.0 in the
         authors' code. None for none.
-      axis_name: See `global_norm`. The global norm comes from those of the arrays, at no further
-        pass over the gradients.
-      on_nonfinite: See `clip_to_limit`; an array with a NaN becomes zero, its level stays as it
-        was, and the others are clipped as if it were not there.
+      axis_name: See `global_norm`.
+      on_nonfinite: See `clip_to_limit`; an array with a NaN becomes zero and keeps its level.
 
     Returns:
-      A transformation with a `ClipState` of one norm for each array. After the warm-up a constant
-      stream is never clipped. A level grows by (1 - decay) (ratio - 1) a step at most, 0.04 % by
-      default: it doubles in 1,734 steps, so a level that came out low in the warm-up, as the least
-      of its norms, stays a brake for long. A norm of 0 does not enter, so a layer that begins
-      frozen, or at zero as one of LoRA, takes its first other norm for its level.
+      A transformation with a `ClipState` of one norm for each array. A constant stream is never
+      clipped after the warm-up. A level grows by (1 - decay) (ratio - 1) a step at most: by default
+      it doubles in 1,734 steps, so one that was low in the warm-up brakes for long. Zeros are
+      ignored: a frozen layer, or one of LoRA, takes its first other norm for its level.
 
     Raises:
       ValueError: For a number outside of its range.
@@ -85,9 +81,9 @@ def adagc(
 
     Wang et al., *AdaGC: Improving Training Stability for Large Language Model Pretraining*, 2025,
     https://arxiv.org/abs/2502.11034, algorithm 1, with the numbers of the authors' PyTorch code.
-    We depart from it in what is not finite (there one NaN makes a level NaN for ever), in a norm
-    of 0 (there the least norm of the warm-up, and so a layer that never moves again), in the
-    1e-6 that it adds to norms, and in that the levels are in the state and so in checkpoints.
+    We depart from it in NaN (there a level is NaN for ever), in zeros (there the level is 0 and
+    the layer never moves again), in the 1e-6 that it adds to norms, and in that checkpoints hold
+    the levels.
     """
     ratio = check_above("ratio", ratio, 1)
     decay = check_between_0_and_1("decay", decay)

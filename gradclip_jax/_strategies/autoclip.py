@@ -32,12 +32,10 @@ def autoclip(
     that follows the quiet steps.
 
     Args:
-      percentile: p, between 0 and 100; 10 in the paper, which clips nine steps in ten. A number,
-        a scalar array or a traced value; for a schedule use `optax.inject_hyperparams`.
+      percentile: p, between 0 and 100; 10 in the paper, which clips nine steps in ten.
       window: W, the number of norms remembered, at least 1, one number each. The paper remembers
         all, which is the same for as long as there are no more than W.
-      measure: What has a limit of its own, as in `clip_to_limit`: `leaf_norms` gives one to each
-        array, with as much state again for each.
+      measure: See `clip_to_limit`; `leaf_norms` gives each array a limit and a window.
       axis_name: See `global_norm`.
       on_nonfinite: See `clip_to_limit`; a norm that is not finite does not enter the window.
 
@@ -49,8 +47,7 @@ def autoclip(
       p/100 of the window are zeros the limit is 0, and so are the updates.
 
     Raises:
-      ValueError: For a percentile outside of 0 to 100, or a window that is not a whole number of
-        at least 1.
+      ValueError: For a number outside of its range.
 
     >>> import gradclip_jax, jax.numpy as jnp
     >>> clip = gradclip_jax.autoclip(50.0)

@@ -38,9 +38,8 @@ def limit_norm_growth(
 
     Returns:
       A transformation with a `ClipState` of one norm for each array. The first norm that is not 0
-      passes, whatever it is, and so does a constant stream. After a norm of a thousandth the old
-      level is back in 233 steps by default, and in 694 without a floor; a norm of 0 does not
-      enter. A lasting rise by a factor r takes ln(r) / ln(ratio) steps: 232 for a tenfold one. For
+      passes, and so does a constant stream. After a norm of a thousandth the old level is back in
+      233 steps (694 without a floor); zeros are ignored. A tenfold rise takes 232 steps. For
       one norm of all arrays: `clip_to_limit(limits.growth())`.
 
     Raises:

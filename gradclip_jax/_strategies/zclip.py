@@ -31,28 +31,23 @@ def zclip(
        \sigma'^2 = \alpha \sigma^2 + (1 - \alpha)(x_t - \mu')^2, \qquad
        L_t = \min(x_t, \text{max\_norm}) $$
 
-    For loss spikes in the pre-training of language models: rare norms far above a level that
-    moves slowly.
+    For loss spikes in pre-training: rare norms far above a level that moves slowly.
 
     Args:
       z_max: Largest z-score that passes, finite and non-negative; 2.5 in the paper.
       decay: alpha, between 0 and 1 (exclusive); 0.97 in the paper, a memory of 33 steps.
-      warmup_steps: Steps from which the first mean and deviation come, at least 1; 25 in the
-        paper. Until then only the cap holds.
-      max_norm: A cap that holds from the first step, as in `clip_by_global_norm`; 1.0 in the
-        authors' code. None for none. Statistics take in norms as clipped by the z-score, not by
-        the cap.
-      measure: What has a limit of its own, as in `clip_to_limit`: `leaf_norms` gives one to each
-        array, with as much state again for each.
+      warmup_steps: Steps for the first mean and deviation, at least 1, with the cap alone; 25.
+      max_norm: A cap from the first step on, as in `clip_by_global_norm`; 1.0 in the authors'
+        code. None for none. It does not enter the statistics.
+      measure: See `clip_to_limit`; `leaf_norms` gives each array a limit and statistics.
       axis_name: See `global_norm`.
       on_nonfinite: See `clip_to_limit`; a norm that is not finite leaves the statistics alone.
 
     Returns:
-      A transformation with a `ClipState`. Sigma counts as a thousandth of mu at least, so a
-      constant stream never fires; a norm of 0 does not enter. A lasting rise may never pass: what
-      is far above the mean comes out at the mean, and moves it by next to nothing. With a noise
-      of 10 % a rise to 1.5 times the level is let through after 45 steps, and a doubling not in
-      30,000. Where the level may jump (a new task, another batch size), use `limits.ema`.
+      A transformation with a `ClipState`. Sigma is at least a thousandth of mu, so a constant
+      stream is never clipped; zeros are ignored. A lasting rise may never pass: with a noise of
+      10 %, one to 1.5 times the level takes 45 steps, and a doubling more than 30,000. Where the
+      level may jump (a new task, another batch size), use `limits.ema`.
 
     Raises:
       ValueError: For a number outside of its range.
