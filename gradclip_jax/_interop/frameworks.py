@@ -44,8 +44,7 @@ def from_torch(
         waits for the norm at every step, as PyTorch does. A compiled one raises through a host
         callback in a branch that is taken only then: the error (`jax.errors.JaxRuntimeError`,
         which is a RuntimeError) comes where a result of that step is waited for, and what was
-        donated to it is lost. Such a program can neither be exported nor kept in the persistent
-        compilation cache.
+        donated to it is lost. Such a program cannot be exported, nor cached on disk.
       eps: Added to the norm, finite and non-negative; PyTorch has 1e-6, so at a norm of `max_norm`
         the factor is a little below 1. 0 for none.
       axis_name: See `global_norm`.

@@ -42,8 +42,7 @@ def adagc(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clip all arrays together at first, and then each to a multiple of its own level.
 
-    In the warm-up the global norm is held to `max_norm`, and the level of an array is the least
-    norm that it had, as clipped. After it
+    In the warm-up `max_norm` limits the global norm, and the least norm of an array is its level:
 
     $$ g_\ell \leftarrow g_\ell \cdot
        \min\!\Big(1, \frac{\lambda \gamma_\ell}{\lVert g_\ell \rVert}\Big), \qquad
@@ -56,16 +55,14 @@ def adagc(
       ratio: lambda, above 1; 1.04 in the authors' code, 1.03 to 1.05 in the paper.
       decay: beta, the weight of the past, between 0 and 1 (exclusive); 0.99 in the authors' code.
       warmup_steps: Steps with the global clip, at least 1; 100 in the paper.
-      max_norm: Limit of the global norm in the warm-up, as in `clip_by_global_norm`; 1.0 in the
-        authors' code. None for none.
+      max_norm: Limit of the global norm in the warm-up; 1.0 in the authors' code. None for none.
       axis_name: See `global_norm`.
       on_nonfinite: See `clip_to_limit`; an array with a NaN becomes zero and keeps its level.
 
     Returns:
-      A transformation with a `ClipState` of one norm for each array. A constant stream is never
-      clipped after the warm-up. A level grows by (1 - decay) (ratio - 1) a step at most: by default
-      it doubles in 1,734 steps, so one that was low in the warm-up brakes for long. Zeros are
-      ignored: a frozen layer, or one of LoRA, takes its first other norm for its level.
+      A transformation with a `ClipState` of one norm for each array. A level doubles in 1,734
+      steps at most, so one that was low in the warm-up brakes for long. Zeros are ignored: a frozen
+      layer, or one of LoRA, takes its first other norm for its level.
 
     Raises:
       ValueError: For a number outside of its range.
@@ -81,9 +78,8 @@ def adagc(
 
     Wang et al., *AdaGC: Improving Training Stability for Large Language Model Pretraining*, 2025,
     https://arxiv.org/abs/2502.11034, algorithm 1, with the numbers of the authors' PyTorch code.
-    We depart from it in NaN (there a level is NaN for ever), in zeros (there the level is 0 and
-    the layer never moves again), in the 1e-6 that it adds to norms, and in that checkpoints hold
-    the levels.
+    We depart in NaN (there a level is NaN for ever), in zeros (there the layer never moves again),
+    in the 1e-6 that it adds to norms, and in that checkpoints hold the levels.
     """
     ratio = check_above("ratio", ratio, 1)
     decay = check_between_0_and_1("decay", decay)

@@ -61,10 +61,8 @@ def zclip(
     [4. 0.]
 
     Kumar, Owen, Chowdhury, Güra, *ZClip: Adaptive Spike Mitigation for LLM Pre-Training*, 2025,
-    https://arxiv.org/abs/2504.02507, the reciprocal rule, as in the authors' code, which adds the
-    cap. We depart from it in what is not finite (one NaN makes its mean NaN for ever, and only
-    the cap is left), in the floor of sigma (there 1e-6 in units of the norm, so that a constant
-    stream fires by rounding), and in a norm of 0.
+    https://arxiv.org/abs/2504.02507, the reciprocal rule, with the cap of the authors' code. We
+    depart in NaN (there the mean is NaN for ever), in the floor of sigma (there 1e-6), in zeros.
     """
     cap = constant(check_threshold("max_norm", max_norm))
     return clip_to_limit(

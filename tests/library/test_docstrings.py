@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 
 import pytest
@@ -24,3 +25,14 @@ def test_public_functions_have_an_example():
     for name, value in public_names().items():
         if callable(value) and not isinstance(value, type):
             assert ">>>" in (value.__doc__ or ""), f"{name} shows no example"
+
+
+def test_public_docstrings_are_at_most_forty_lines():
+    """The rest is on the page that shows them."""
+    long = {
+        name: lines
+        for name, value in public_names().items()
+        if callable(value)
+        and (lines := len(inspect.cleandoc(value.__doc__ or "").splitlines())) > 40
+    }
+    assert not long
