@@ -18,7 +18,7 @@ from ._leaves import (
 )
 from ._limits import Limit, Limits, each
 from ._norms import global_norm
-from ._reduce import elementwise
+from ._platforms import elementwise
 from ._rescale import (
     OnNonfinite,
     Response,

@@ -23,7 +23,8 @@ from ._devices import (
     whole_shape,
 )
 from ._leaves import GroupNorms, is_gradient, leaf_labels, path_name
-from ._reduce import MeshAxes, Plan, norms_of_groups, with_finite_derivative
+from ._platforms import norms_of_groups, with_finite_derivative
+from ._reduce import MeshAxes, Plan
 from ._safe import SafeRange, norm_from_sum, sum_of_squares
 
 Axes = int | tuple[int, ...] | Callable[[str, Any], int | tuple[int, ...] | None] | None

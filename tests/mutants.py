@@ -43,7 +43,7 @@ class Mutant(NamedTuple):
 NORMS = [
     Mutant(
         "the sums of a GPU: the plain one where it has overflowed",
-        "_reduce.py",
+        "_platforms.py",
         "jnp.where(scale < 1, down, jnp.where(scale > 1, up, plain))",
         "jnp.where(scale > 1, up, plain)",
         ("platforms",),
@@ -71,7 +71,7 @@ NORMS = [
     ),
     Mutant(
         "the limits of a row in the order of another",
-        "_reduce.py",
+        "_platforms.py",
         "in zip(row, *arrays, strict=True)",
         "in zip(row[::-1], *arrays, strict=True)",
         ("platforms",),
@@ -85,15 +85,15 @@ NORMS = [
     ),
     Mutant(
         "pmax for psum of the squares",
-        "_reduce.py",
-        "branch=branch), jax.lax.psum, jnp.add)",
-        "branch=branch), jax.lax.pmax, jnp.add)",
+        "_platforms.py",
+        "plan.over_devices(functools.partial(_bins, plan, branch=branch))",
+        "plan.over_devices(functools.partial(_bins, plan, branch=branch), jax.lax.pmax)",
         ("devices", "hard_cases"),
     ),
     Mutant(
         "order 1: the larger of two parts over different mesh axes, not their sum",
         "_reduce.py",
-        "return self.over_devices(of_shards, jax.lax.psum, jnp.add)",
+        "return self.over_devices(of_shards)",
         "return self.over_devices(of_shards, jax.lax.psum, jnp.maximum)",
         ("devices", "hard_cases", "dual_norm", "norms"),
     ),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import check_threshold
-from .._reduce import elementwise
+from .._platforms import elementwise
 from .._types import Norms, Params, Threshold, Updates
 
 

@@ -17,6 +17,7 @@ LAYERS = [
     {"_leaves", "_memory"},
     {"_devices", "_safe"},
     {"_reduce"},
+    {"_platforms"},
     {"_norms", "_limits"},
     {"_given", "_matrices", "_rescale"},
     {"_state", "_inject", "_polynomials"},
