@@ -9,7 +9,7 @@ import optax
 from .._checks import check_transformation
 from .._export import exportable
 from .._state import check_trees, check_type
-from .error_feedback import added, cast_like, is_none, merged, zeros_like
+from .memory import added, cast_like, is_none, merged, zeros_like
 
 
 @exportable

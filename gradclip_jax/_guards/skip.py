@@ -22,7 +22,7 @@ from .._memory import changed_in_place, constant_like
 from .._norms import global_norm, leaf_norms, leaf_sizes
 from .._rescale import factors, rescale, shrink
 from .._state import check_trees, check_type, increment_if, overwritten
-from .error_feedback import merged
+from .memory import merged
 from .zero_nonfinite import finite_part
 
 
