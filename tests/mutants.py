@@ -485,21 +485,21 @@ STRATEGIES = [
 GUARDS = [
     Mutant(
         "the state of the optimizer advances in a skipped step",
-        "_guards/skip.py",
+        "_guards/unless.py",
         "jax.tree.map(_as_kind, state, kept)",
         "jax.tree.map(_as_kind, move(*data)[1], kept)",
         ("skips",),
     ),
     Mutant(
         "an accelerator selects the updates of a skipped step",
-        "_guards/skip.py",
+        "_guards/unless.py",
         "jax.lax.select(bad, old, x)",
         "x",
         ("skips",),
     ),
     Mutant(
         "the derivative of a skipped step is that of the optimizer",
-        "_guards/skip.py",
+        "_guards/unless.py",
         "move(skipped, *_unread(skipped, read))",
         "move(*data)",
         ("skips",),

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
@@ -15,14 +14,11 @@ from .._clip import Measure, in_update, measured_types
 from .._devices import AxisName, filled_like, varying_like
 from .._export import exportable
 from .._given import GivenNorm
-from .._inject import injectable
-from .._leaves import is_gradient
+from .._inject import named_strategy
 from .._limits import Limit, as_limit, constant, update_finite
-from .._memory import changed_in_place, constant_like
 from .._norms import global_norm, leaf_norms, leaf_sizes
-from .._rescale import factors, rescale, shrink
 from .._state import check_trees, check_type, increment_if, overwritten
-from .memory import merged
+from .unless import data_of, unless_skipped
 from .zero_nonfinite import finite_part
 
 
@@ -199,7 +195,7 @@ def _skip(
     given = isinstance(measure, GivenNorm)
     measured = functools.partial(global_norm if given else measure, axis_name=axis_name)
     finite_norm = jax.jit(functools.partial(_finite_norm, measure=measured), inline=True)
-    moved_unless = _unless(inner)
+    moved_unless = unless_skipped(inner)
 
     def init(params: Any) -> SkipState:
         kind = measured_types(measure, params, axis_name)
@@ -231,7 +227,7 @@ def _skip(
         # and what becomes of a spike matters only once the guard gives up.
         kept_limit = varying_like(most, norm) if rescales else None
         again = rescales or given
-        kept_norm = finite_norm(_data(updates), norm, ~finite & ~skipped) if again else norm
+        kept_norm = finite_norm(data_of(updates), norm, ~finite & ~skipped) if again else norm
         if isinstance(measure, GivenNorm):
             # Clips within that were built to read it get the norm of what goes on to them.
             at_most = jnp.inf if kept_limit is None else kept_limit
@@ -294,108 +290,3 @@ def _finite_norm(
 
     # A GPU would wait for the host at that branch; both norms come of one read there.
     return jax.lax.platform_dependent(cpu=by_branch, tpu=by_branch, default=by_select)
-
-
-def _unless(inner: optax.GradientTransformationExtraArgs) -> Callable[..., tuple[Any, Any]]:
-    """The update of an optimizer, but where a step is skipped zeros and the state as it was."""
-
-    def unless(data, rest=None):
-        @functools.partial(jax.jit, inline=True)  # three uses, one trace
-        def move(skipped: jax.Array, *read: Any) -> Any:
-            arguments = read if rest is None else merged(read, rest)
-            (updates, norm, limit), state, params, extra_args = arguments
-            applied = _applied(updates, norm, limit, skipped)
-            return _data(inner.update(applied, state, params, **extra_args))
-
-        def stay() -> Any:
-            zeros, kept = jax.eval_shape(move, *data)
-            _, (updates, *_), state, *_ = data
-            return jax.tree.map(_zeros, zeros, updates), jax.tree.map(_as_kind, state, kept)
-
-        def by_branch() -> Any:
-            # The other way round XLA copies the state.
-            return jax.lax.cond(~skipped, lambda: move(*data), stay)
-
-        def by_select() -> Any:
-            moved = move(skipped, *_unread(skipped, read))
-            return jax.tree.map(functools.partial(_select, skipped), stay(), moved)
-
-        # An accelerator selects in the pass of the optimizer. A branch keeps that pass from what
-        # is around it: AdamW on 27 million parameters costs a TPU v5e 3.1 M cycles and 133 MB, by
-        # selects 2.1 and 6. On CPU 64 MiB of Adam take 64 MiB and 112 ms, by selects 116 and 189.
-        skipped, *read = data
-        return jax.lax.platform_dependent(cpu=by_branch, default=by_select)
-
-    of_data = jax.jit(unless, inline=True)
-
-    def run(*arguments):
-        # A function or a string, in a model or of a line search, is no argument of what is
-        # compiled, nor a result of it.
-        data = _data(arguments)
-        rest = jax.tree.map(lambda x: None if _is_data(x) else x, arguments[1:])
-        if jax.tree.leaves(rest):
-            moved, inner_state = jax.jit(functools.partial(unless, rest=rest), inline=True)(data)
-        else:
-            moved, inner_state = of_data(data)
-        _, (updates, *_), state, *_ = arguments
-        return merged(moved, updates), merged(inner_state, state)
-
-    return run
-
-
-@jax.custom_jvp
-def _unread(_: jax.Array, tree: Any) -> Any:
-    """The tree, whose derivative is zero where the step is skipped."""
-    return tree
-
-
-@_unread.defjvp
-def _derivative(primals: Any, tangents: Any) -> Any:
-    # What a skipped step computes is not used, but backwards its 0 * inf would be NaN.
-    (skipped, tree), (_, tangent) = primals, tangents
-    return tree, jax.tree.map(lambda x: _select(skipped, jnp.zeros_like(x), x), tangent)
-
-
-def _select(skipped: jax.Array, old: Any, new: Any) -> Any:
-    if new.dtype == jax.dtypes.float0:
-        return new
-    return changed_in_place(lambda x, old, bad: jax.lax.select(bad, old, x), new, old, skipped)
-
-
-def _data(tree: Any) -> Any:
-    """The tree with None for each leaf that is no data."""
-    return jax.tree.map(lambda x: x if _is_data(x) else None, tree)
-
-
-def _is_data(x: Any) -> bool:
-    if isinstance(x, np.ndarray | np.generic):
-        return x.dtype.kind not in "OSUMm"
-    return isinstance(x, int | float | complex | jax.Array)
-
-
-def _as_kind(x: Any, kind: jax.ShapeDtypeStruct) -> Any:
-    # Gradients that are wider than the parameters widen the state of an optimizer.
-    return varying_like(x if x.dtype == kind.dtype else x.astype(kind.dtype), kind)
-
-
-def _zeros(kind: jax.ShapeDtypeStruct, update: Any) -> Any:
-    if not jnp.issubdtype(kind.dtype, jnp.number):
-        return update  # a PRNG key, or what has no value at all (float0)
-    # The kind does not tell the memory: an optimizer leaves an update in that of the gradient.
-    return changed_in_place(lambda x, zeros: zeros, update, filled_like(0, kind))
-
-
-def _applied(updates: Any, norm: jax.Array, limit: jax.Array | None, skipped: jax.Array) -> Any:
-    """The finite elements, rescaled to the limit if there is one; zeros in a skipped step."""
-    scale, power = (norm, norm) if limit is None else factors(norm, limit, shrink)
-
-    def kept(x: jax.Array, skipped: jax.Array) -> jax.Array:
-        return jnp.where(jnp.isfinite(x) & ~skipped, x, constant_like(0, x))
-
-    def applied(x: Any) -> Any:
-        if not is_gradient(x):
-            return x
-        x = changed_in_place(kept, jnp.asarray(x), skipped)
-        return x if limit is None else rescale([x], [scale], [power])[0]
-
-    return jax.tree.map(applied, updates)
