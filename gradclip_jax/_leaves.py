@@ -1,15 +1,14 @@
 """What a leaf is, and prefix trees: an entry for each leaf that it covers."""
 
-import ast
-import contextlib
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import optax
+
+from ._export import exportable
 
 _FIX = (
     "make them of the tree that the clip is given, with `jax.tree.map`, or pass a function of it; "
@@ -18,7 +17,7 @@ _FIX = (
 _ROW = 32  # scalars that one kernel reads
 
 
-class GroupNorms(dict):
+class GroupNorms(dict[Any, Any]):
     """Norms by label, and the label of every leaf, which `broadcast_norms` needs."""
 
     def __init__(self, norms: Any, *, labels: tuple[Any, ...]):
@@ -35,15 +34,7 @@ jax.tree_util.register_pytree_with_keys(
     ),
     lambda aux, children: GroupNorms(zip(aux[0], children, strict=True), labels=aux[1]),
 )
-
-
-with contextlib.suppress(ValueError):  # of a module that is loaded again
-    jax.export.register_pytree_node_serialization(
-        GroupNorms,
-        serialized_name="gradclip_jax.GroupNorms",
-        serialize_auxdata=lambda aux: repr(aux).encode(),
-        deserialize_auxdata=lambda text: ast.literal_eval(text.decode()),
-    )
+exportable(GroupNorms)
 
 
 def broadcast_norms(norms: Any, tree: Any) -> list[Any]:
