@@ -3,7 +3,9 @@
 What differs between versions of jax about types is in this file and nowhere else.
 """
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -89,6 +91,15 @@ def per_leaf(axis_name: AxisName, tree: Any) -> list[Any]:
     return [PartitionSpec() if spec is None else spec for spec in specs]
 
 
+def axis_names(axis_name: AxisName) -> Iterator[str]:
+    """The mesh axes that a name, names, a PartitionSpec, or a tree of them names."""
+    for entry in jax.tree.leaves(axis_name):
+        if isinstance(entry, str):
+            yield entry
+        elif isinstance(entry, PartitionSpec):
+            yield from axis_names(tuple(entry))
+
+
 def of_pair(axis_name: AxisName) -> AxisName:
     """The `axis_name` of two trees of one structure that are measured together."""
     return axis_name if axis_name is None or _is_names(axis_name) else (axis_name, axis_name)
@@ -115,7 +126,7 @@ def reduced_axes(
             "when all are (after `jax.lax.pmean`)."
         )
     split = varying_axes(x) if checked else frozenset()
-    said = frozenset(_names(given) if isinstance(given, PartitionSpec) else given or ())
+    said = frozenset(axis_names(given))
     for axis in sorted(said):
         _bound_size(axis)
     if isinstance(given, PartitionSpec):
@@ -125,7 +136,7 @@ def reduced_axes(
                 f"leaf whose type says that it varies along {sorted(unsaid)} too."
             )
         entries = given if dims is None else [entry for i, entry in enumerate(given) if i in dims]
-        axes = frozenset(_names(entries))
+        axes = frozenset(axis_names(entries))
     else:
         axes = split if given is None else said
     # The caller says where to look; checked types still say what is replicated there.
@@ -142,7 +153,9 @@ def whole_shape(x: Any, given: Any) -> tuple[int, ...]:
     """The shape of a leaf over all devices, as far as `given` says how it is split."""
     entries = tuple(given) if isinstance(given, PartitionSpec) else ()
     padded = entries + (None,) * (len(x.shape) - len(entries))
-    return tuple(size * axis_size(_names([e])) for size, e in zip(x.shape, padded, strict=True))
+    return tuple(
+        size * axis_size(axis_names(entry)) for size, entry in zip(x.shape, padded, strict=True)
+    )
 
 
 def check_averaged(updates: Any, params: Any) -> None:
@@ -178,13 +191,7 @@ def axis_size(axes: Iterable[str]) -> int:
 
 def any_device(flags: jax.Array, axis_name: AxisName) -> jax.Array:
     """Elementwise or of boolean `flags` over the devices that may hold different ones."""
-    if vma_checked():
-        axes = varying_axes(flags)
-    else:
-        specs = jax.tree.leaves(axis_name, is_leaf=_is_spec)
-        axes = {
-            name for spec in specs for name in _names([spec] if isinstance(spec, str) else spec)
-        }
+    axes = varying_axes(flags) if vma_checked() else frozenset(axis_names(axis_name))
     return sum_over_devices(flags.astype("int32"), axes) > 0 if axes else flags
 
 
@@ -194,7 +201,7 @@ def split_along(norms: Any, axis_name: AxisName) -> tuple[tuple[str, ...], ...]:
     if vma_checked():
         axes = [varying_axes(leaf) for leaf in leaves]
     else:
-        axes = [frozenset(_names(given or ())) for given in per_leaf(axis_name, norms)]
+        axes = [frozenset(axis_names(given)) for given in per_leaf(axis_name, norms)]
     # A scalar is the norm of all devices already.
     pairs = zip(leaves, axes, strict=True)
     return tuple(tuple(sorted(names)) if leaf.ndim else () for leaf, names in pairs)
@@ -212,6 +219,35 @@ def sum_over_devices(tree: Any, axes: Iterable[str]) -> Any:
     return jax.lax.psum(tree, names) if names else tree
 
 
+def mesh_of(tree: Any) -> contextlib.AbstractContextManager[Any]:
+    """A context in which the explicit mesh of these arrays is set, if no mesh is.
+
+    Without it jax refuses `vmap` over a dimension that is split.
+    """
+    leaves = jax.tree.leaves(tree)
+    split = [x for x in leaves if not jax.typeof(x).sharding.mesh.empty]
+    if not split or not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    if any(isinstance(x, Tracer) for x in leaves):
+        return jax.sharding.use_abstract_mesh(jax.typeof(split[0]).sharding.mesh)
+    return jax.set_mesh(split[0].sharding.mesh)
+
+
+def shards_of_axis0(x: Any) -> int:
+    """Into how many parts explicit mesh axes split the first dimension."""
+    sharding = jax.typeof(x).sharding
+    return math.prod(sharding.mesh.shape[name] for name in axis_names(sharding.spec[:1]))
+
+
+def replicate_axis0(x: jax.Array) -> jax.Array:
+    """`x`, its first dimension no longer split by explicit mesh axes."""
+    sharding = jax.typeof(x).sharding
+    if shards_of_axis0(x) == 1:
+        return x
+    spec = PartitionSpec(None, *sharding.spec[1:])
+    return jax.sharding.reshard(x, sharding.update(spec=spec))
+
+
 def replicate_matrices(x: jax.Array) -> jax.Array:
     """`x`, its last two dimensions no longer split by explicit mesh axes.
 
@@ -219,7 +255,7 @@ def replicate_matrices(x: jax.Array) -> jax.Array:
     compiler gathers such a matrix by itself.
     """
     sharding = jax.typeof(x).sharding
-    if len(x.shape) < 2 or not any(_names(sharding.spec[-2:])):
+    if len(x.shape) < 2 or not any(axis_names(sharding.spec[-2:])):
         return x
     spec = PartitionSpec(*sharding.spec[:-2], None, None)
     return jax.sharding.reshard(x, sharding.update(spec=spec))
@@ -229,6 +265,18 @@ def reshard_like(x: jax.Array, origin: jax.Array) -> jax.Array:
     """What came of the whole matrices of `origin`, split by explicit mesh axes as that is."""
     sharding = jax.typeof(origin).sharding
     return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
+
+
+def out_sharding_of(x: jax.Array, *dimensions: tuple[jax.Array, int]) -> Any:
+    """The `out_sharding` of an array whose dimensions are split as these dimensions of arrays.
+
+    The explicit mesh axes are those of `x`; None if it has none: then the compiler decides.
+    """
+    sharding = jax.typeof(x).sharding
+    if not any(axis_names(sharding.spec)):
+        return None
+    entries = [jax.typeof(other).sharding.spec[dim] for other, dim in dimensions]
+    return sharding.update(spec=PartitionSpec(*entries))
 
 
 def filled_like(number: float, kind: jax.ShapeDtypeStruct) -> jax.Array:
@@ -269,14 +317,6 @@ def _is_names(axis_name: AxisName) -> bool:
 
 def _is_spec(x: Any) -> bool:
     return x is None or isinstance(x, PartitionSpec)
-
-
-def _names(spec: Sequence[Any] | PartitionSpec | None) -> Iterable[str]:
-    for entry in spec or ():
-        if isinstance(entry, str):
-            yield entry
-        elif isinstance(entry, tuple):
-            yield from entry
 
 
 def _bound_size(axis: str) -> int:

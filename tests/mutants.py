@@ -528,7 +528,7 @@ GUARDS = [
     Mutant(
         "the sum of the losses of all devices for their mean",
         "_guards/skip.py",
-        "return (above - below) / leaf_sizes(value, axis_name=along)",
+        "return (above - below) / leaf_sizes(value, axis_name=mesh_axes)",
         "return above - below",
         ("skips",),
     ),

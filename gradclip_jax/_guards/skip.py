@@ -1,17 +1,16 @@
 """Skip a step: the parameters do not move, and the optimizer does not learn that it was there."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
 
 from .._checks import Threshold, check_transformation, check_whole_number
 from .._clip import Measure, in_update, measured_types
-from .._devices import AxisName, filled_like, varying_like
+from .._devices import AxisName, axis_names, filled_like, varying_like
 from .._export import exportable
 from .._given import GivenNorm
 from .._inject import named_strategy
@@ -260,20 +259,11 @@ def _mean_of(name: str, extra_args: Any, norm: jax.Array, axis_name: AxisName) -
     if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"`{name}` must be a real scalar, got {value.dtype}{list(value.shape)}.")
     value = value.astype(norm.dtype)
-    specs = jax.tree.leaves(axis_name, is_leaf=lambda x: isinstance(x, PartitionSpec))
-    along = axis_name if axis_name is None else tuple(sorted(set(_axes(specs))))
+    mesh_axes = None if axis_name is None else tuple(sorted(set(axis_names(axis_name))))
     # A sum of moduli is the collective that there is: one for each sign, and both at once.
     signs = (jnp.maximum(value, 0), jnp.maximum(-value, 0))
-    above, below = leaf_norms(signs, order=1, axis_name=along)
-    return (above - below) / leaf_sizes(value, axis_name=along)
-
-
-def _axes(entries: Any) -> Iterator[str]:
-    for entry in entries:
-        if isinstance(entry, str):
-            yield entry
-        elif entry is not None:
-            yield from _axes(entry)
+    above, below = leaf_norms(signs, order=1, axis_name=mesh_axes)
+    return (above - below) / leaf_sizes(value, axis_name=mesh_axes)
 
 
 def _finite_norm(
