@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._compiled import compiled
 from ._leaves import norm_dtype, scalar_rows, stacked_scalars, unstacked_scalars
 from ._memory import changed_in_place, in_host_memory
 from ._reduce import Kernel, Plan, Shard, unshared
@@ -30,8 +31,7 @@ from ._safe import (
 _FUSED_ON_GPU = 64  # small leaves of one shape that one kernel reads
 
 
-# Called eagerly this is one cached program for each tree structure; inside a trace it inlines.
-@functools.partial(jax.jit, static_argnames="order", inline=True)
+@compiled(static=("order",))
 def norms_of_groups(plan: Plan, *, order: float) -> list[jax.Array]:
     """The norm of each group of a plan, by the way that is fastest on the platform."""
 

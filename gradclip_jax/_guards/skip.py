@@ -10,6 +10,7 @@ import optax
 
 from .._checks import Threshold, check_transformation, check_whole_number
 from .._clip import Measure, in_update, measured_types
+from .._compiled import compiled
 from .._devices import AxisName, axis_names, filled_like, varying_like
 from .._export import exportable
 from .._given import GivenNorm
@@ -193,7 +194,7 @@ def _skip(
     # One function for each guard, so that eagerly too it is compiled once.
     given = isinstance(measure, GivenNorm)
     measured = functools.partial(global_norm if given else measure, axis_name=axis_name)
-    finite_norm = jax.jit(functools.partial(_finite_norm, measure=measured), inline=True)
+    finite_norm = compiled()(functools.partial(_finite_norm, measure=measured))
     moved_unless = unless_skipped(inner)
 
     def init(params: Any) -> SkipState:

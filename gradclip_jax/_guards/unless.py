@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from .._compiled import compiled
 from .._devices import filled_like, varying_like
 from .._leaves import is_gradient
 from .._memory import changed_in_place, constant_like
@@ -20,7 +21,7 @@ def unless_skipped(inner: optax.GradientTransformationExtraArgs) -> Callable[...
     """The update of an optimizer, but where a step is skipped zeros and the state as it was."""
 
     def unless(data, rest=None):
-        @functools.partial(jax.jit, inline=True)  # three uses, one trace
+        @compiled()  # three uses, one trace
         def move(skipped: jax.Array, *read: Any) -> Any:
             arguments = read if rest is None else merged(read, rest)
             (updates, norm, limit), state, params, extra_args = arguments
@@ -46,7 +47,7 @@ def unless_skipped(inner: optax.GradientTransformationExtraArgs) -> Callable[...
         skipped, *read = data
         return jax.lax.platform_dependent(cpu=by_branch, default=by_select)
 
-    of_data = jax.jit(unless, inline=True)
+    of_data = compiled()(unless)
 
     def run(*arguments):
         # A function or a string, in a model or of a line search, is no argument of what is
@@ -54,7 +55,7 @@ def unless_skipped(inner: optax.GradientTransformationExtraArgs) -> Callable[...
         data = data_of(arguments)
         rest = jax.tree.map(lambda x: None if _is_data(x) else x, arguments[1:])
         if jax.tree.leaves(rest):
-            moved, inner_state = jax.jit(functools.partial(unless, rest=rest), inline=True)(data)
+            moved, inner_state = compiled()(functools.partial(unless, rest=rest))(data)
         else:
             moved, inner_state = of_data(data)
         _, (updates, *_), state, *_ = arguments
