@@ -25,6 +25,7 @@ from ._rescale import (
     check_on_nonfinite,
     check_response,
     factors,
+    nonfinite_fill,
     rescale,
     shrink,
 )
@@ -232,7 +233,7 @@ def _apply_limits(leaves, norms, limits, *, index, response, on_nonfinite):
     pairs = list(zip(*rows, strict=True))
     clipped = _any([jnp.any(jnp.isfinite(norm) & (norm > limit)) for norm, limit in pairs])
     flags = jnp.stack([clipped, _any([jnp.any(~jnp.isfinite(norm)) for norm, _ in pairs])])
-    fill = jnp.nan if on_nonfinite == "propagate" else 0.0
+    fill = nonfinite_fill(on_nonfinite)
     found = elementwise(functools.partial(_factors, response, fill), norms, of_norm)
     scales, powers, whole, limits = ([of_norm[part] for of_norm in found] for part in range(4))
     leaves = rescale(leaves, [scales[i] for i in index], [powers[i] for i in index])

@@ -1,5 +1,6 @@
 """Responses, from norm and limit to a factor; and the only place where a gradient is multiplied."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -129,10 +130,16 @@ def check_response(response: Response) -> None:
         )
 
 
-def check_on_nonfinite(on_nonfinite: str) -> None:
-    """Raise for a policy that does not exist."""
+def nonfinite_fill(on_nonfinite: str) -> float:
+    """The factor where a norm is not finite, 0 or NaN; raise for a policy that does not exist."""
     if on_nonfinite not in ("zero", "propagate"):
         raise ValueError(f'`on_nonfinite` must be "zero" or "propagate", got {on_nonfinite!r}.')
+    return math.nan if on_nonfinite == "propagate" else 0.0
+
+
+def check_on_nonfinite(on_nonfinite: str) -> None:
+    """Raise for a policy that does not exist."""
+    nonfinite_fill(on_nonfinite)
 
 
 def factors(norm: jax.Array, limit: jax.Array, response: Response) -> tuple[jax.Array, jax.Array]:
