@@ -145,14 +145,14 @@ def in_one_read(
 
 
 def _three_sums(plan: Plan, shards: Sequence[Shard]) -> list[Any]:
-    return plan.on_this_device(three_sums_of_squares, shards, empty=(0.0,) * 3)
+    return plan.on_this_device(three_sums_of_squares, shards)
 
 
 def _three_sums_on_gpu(plan: Plan, shards: Sequence[Shard]) -> list[Any]:
     kernel = functools.partial(three_sums_of_squares, at_once=True)
     plan = dataclasses.replace(plan, fused=_FUSED_ON_GPU)
     if not plan.is_unsharded:
-        return plan.on_this_device(kernel, shards, empty=(0.0,) * 3)
+        return plan.on_this_device(kernel, shards)
     return [plan.by_rows(kernel, shard) for shard in shards]
 
 

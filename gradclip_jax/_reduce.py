@@ -94,10 +94,8 @@ class Plan:
         shards: Sequence[Shard],
         numbers: Mapping[int, Any] | Sequence[Any] | None = None,
         join: Any = jnp.add,
-        empty: Any = 0.0,
     ) -> list[Any]:
-        """The result of a kernel for each shard, joined over its leaves: `empty` if it has none."""
-        empty = jax.tree.map(lambda number: jnp.asarray(number, norm_dtype()), empty)
+        """The result of a kernel for each shard, joined over its leaves."""
         reduced = []
         for shard in shards:
             number = () if numbers is None else numbers[shard.group]
@@ -105,10 +103,11 @@ class Plan:
                 self._batch(kernel, batch, number, self.axes[batch[0]])
                 for batch in self._batches(shard.members)
             ]
+            if not parts:  # of no leaf, what the kernel makes of no element
+                parts = [kernel(jnp.zeros(0, norm_dtype()), *number, axes=None)]
             # Else XLA adds arrays of one shape and keeps their sum, to reduce that.
             parts = self._apart(parts) if len(parts) > 1 else parts
-            joined = functools.reduce(functools.partial(jax.tree.map, join), parts or [empty])
-            reduced.append(joined)
+            reduced.append(functools.reduce(functools.partial(jax.tree.map, join), parts))
         return reduced
 
     def by_rows(self, kernel: Kernel, shard: Shard) -> Any:
@@ -118,7 +117,7 @@ class Plan:
         """
         batches = self._batches(shard.members)
         if len(batches) < 2:
-            return self.on_this_device(kernel, [shard], empty=(0.0,) * 3)[0]
+            return self.on_this_device(kernel, [shard])[0]
         parts = []
         for batch in batches:
             leaf = self.leaves[batch[0]]
