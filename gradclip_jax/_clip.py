@@ -235,21 +235,21 @@ def _apply_limits(leaves, norms, limits, *, index, response, on_nonfinite):
     flags = jnp.stack([clipped, _any([jnp.any(~jnp.isfinite(norm)) for norm, _ in pairs])])
     fill = nonfinite_fill(on_nonfinite)
     found = elementwise(functools.partial(_factors, response, fill), norms, of_norm)
-    scales, powers, whole, limits = ([of_norm[part] for of_norm in found] for part in range(4))
-    leaves = rescale(leaves, [scales[i] for i in index], [powers[i] for i in index])
+    applied, whole, limits = ([of_norm[part] for of_norm in found] for part in range(3))
+    leaves = rescale(leaves, [applied[i] for i in index])
     return leaves, limits, whole, flags
 
 
 def _factors(response, fill, norm, limit):
-    """The scale and the power of a factor, and both as one: `fill` for a norm that is not finite.
+    """The factor of a norm, in two steps and as one: `fill` for a norm that is not finite.
 
     The limit comes back, too: XLA would copy each constant one to the state by a kernel of its own.
     """
     finite = jnp.isfinite(norm)
     # Zero times the derivative of a response at NaN would be NaN.
-    factor, power = factors(jnp.where(finite, norm, 0), limit, response)
-    scale = jnp.where(finite, factor, fill).astype(norm.dtype)
-    return scale, power, scale * power, limit
+    factor = factors(jnp.where(finite, norm, 0), limit, response)
+    scale = jnp.where(finite, factor.scale, fill).astype(norm.dtype)
+    return factor._replace(scale=scale), scale * factor.power, limit
 
 
 def _check_measure(measure: Measure) -> None:

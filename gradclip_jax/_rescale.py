@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,18 @@ Response = Callable[[jax.Array, jax.Array], jax.Array]
 A factor beyond 2^100 or 2^-100 must be proportional to the limit; see `factors`."""
 
 OnNonfinite = Literal["zero", "propagate"]
+
+
+class Factor(NamedTuple):
+    """The factor of a response in two steps, for one that float32 cannot hold.
+
+    Attributes:
+      scale: The factor itself wherever float32 can hold it.
+      power: The power of two that it still lacks; 1 wherever it lacks none.
+    """
+
+    scale: jax.Array
+    power: jax.Array
 
 
 def shrink(norm: jax.Array, limit: jax.Array, *, eps: float = 0.0) -> jax.Array:
@@ -142,13 +154,13 @@ def check_on_nonfinite(on_nonfinite: str) -> None:
     nonfinite_fill(on_nonfinite)
 
 
-def factors(norm: jax.Array, limit: jax.Array, response: Response) -> tuple[jax.Array, jax.Array]:
-    """The factor of a response in two steps, of which the second is a power of two.
+def factors(norm: jax.Array, limit: jax.Array, response: Response) -> Factor:
+    """The factor of a response to each norm and limit.
 
     A factor below 1.2e-38 is flushed to zero, and one above 3.4e38 overflows, though the product
-    with the gradient does neither: then both steps share it. The first alone is the factor
-    wherever it is in range. Beyond 2^100 and 2^-100 every response is taken to be proportional to
-    the limit, so that it is asked about one that is a power of two away.
+    with the gradient does neither: then scale and power share it. Beyond 2^100 and 2^-100 every
+    response is taken to be proportional to the limit, so that it is asked about one that is a
+    power of two away.
     """
     # In float32 the powers are 2^64 and 2^126, of which the inverse is still normal: together they
     # serve factors from 2^-252 to 2^254.
@@ -166,20 +178,18 @@ def factors(norm: jax.Array, limit: jax.Array, response: Response) -> tuple[jax.
     lowered = jnp.where(down_far, far, jnp.where(down, near, one))
     raised = jnp.where(up_far, far, jnp.where(up, near, one))
     # Quotients, too, for the same reason as in `shrink`.
-    return response(norm, limit * raised / lowered), lowered / raised
+    return Factor(response(norm, limit * raised / lowered), lowered / raised)
 
 
-def rescale(
-    leaves: Sequence[jax.Array], scales: Sequence[jax.Array], powers: Sequence[jax.Array]
-) -> list[jax.Array]:
-    """Multiply each leaf by its two factors; one of 0 makes zeros also of what is not finite.
+def rescale(leaves: Sequence[jax.Array], factors: Sequence[Factor]) -> list[jax.Array]:
+    """Multiply each leaf by its factor; one of 0 makes zeros also of what is not finite.
 
     The products are taken in at least float32 and come back in the dtype of the leaf. The select
     is between an element and a constant, so all of it fuses into the pass of the optimizer that
     follows; a select between two trees would not.
     """
 
-    def scaled(x, scale, power):
+    def scaled(x: jax.Array, scale: jax.Array, power: jax.Array) -> jax.Array:
         if jnp.iscomplexobj(x):
             real, imag = (scaled(part, scale, power) for part in (x.real, x.imag))
             return jax.lax.complex(real, imag).astype(x.dtype)
@@ -187,9 +197,8 @@ def rescale(
         wide = jnp.where(scale != 0, wide, constant_like(0, wide))
         return (wide * power * scale).astype(x.dtype)
 
-    return [
-        changed_in_place(scaled, *of_leaf) for of_leaf in zip(leaves, scales, powers, strict=True)
-    ]
+    pairs = zip(leaves, factors, strict=True)
+    return [changed_in_place(scaled, leaf, *factor) for leaf, factor in pairs]
 
 
 def clamped(x: jax.Array, low: jax.Array, high: jax.Array, *, fill: float) -> jax.Array:

@@ -236,8 +236,8 @@ RESCALING = [
     Mutant(
         "a factor of two steps that is applied twice",
         "_rescale.py",
-        "return response(norm, limit * raised / lowered), lowered / raised",
-        "return response(norm, limit), lowered / raised",
+        "Factor(response(norm, limit * raised / lowered), lowered / raised)",
+        "Factor(response(norm, limit), lowered / raised)",
         ("rescale", "*laws"),
     ),
     Mutant(
@@ -249,9 +249,9 @@ RESCALING = [
     ),
     Mutant(
         "`on_nonfinite` the other way round",
-        "_clip.py",
-        'fill = jnp.nan if on_nonfinite == "propagate"',
-        'fill = jnp.nan if on_nonfinite == "zero"',
+        "_rescale.py",
+        'math.nan if on_nonfinite == "propagate"',
+        'math.nan if on_nonfinite == "zero"',
         ("clip", "*laws"),
     ),
     Mutant(
@@ -316,8 +316,8 @@ ENGINE = [
     Mutant(
         "the factor in the state lacks its second step",
         "_clip.py",
-        "return scale, power, scale * power, limit",
-        "return scale, power, scale, limit",
+        "return factor._replace(scale=scale), scale * factor.power, limit",
+        "return factor._replace(scale=scale), scale, limit",
         ("clip", "metrics", "rescale", "*laws"),
     ),
 ]
@@ -462,8 +462,8 @@ STRATEGIES = [
     Mutant(
         "singular values lack the second step of their factor",
         "_strategies/spectral_clip.py",
-        "scaled(u, sigma * second * first)",
-        "scaled(u, sigma * first)",
+        "scaled(u, sigma * factor.power * factor.scale)",
+        "scaled(u, sigma * factor.scale)",
         ("spectral",),
     ),
     Mutant(

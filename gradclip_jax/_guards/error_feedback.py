@@ -112,7 +112,6 @@ def _rest(carry: Any, wanted: Any, clipped: Any) -> Any:
 def _held(carry: Any, limit: jax.Array, axis_name: AxisName) -> Any:
     leaves, treedef = jax.tree.flatten(carry)
     norm = global_norm(carry, axis_name=axis_name)
-    scale, power = factors(norm, varying_like(limit, norm), shrink)
-    scale = jnp.where(jnp.isfinite(norm), scale, 0)
-    held = rescale(leaves, [scale] * len(leaves), [power] * len(leaves))
-    return treedef.unflatten(held)
+    factor = factors(norm, varying_like(limit, norm), shrink)
+    factor = factor._replace(scale=jnp.where(jnp.isfinite(norm), factor.scale, 0))
+    return treedef.unflatten(rescale(leaves, [factor] * len(leaves)))

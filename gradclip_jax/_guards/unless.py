@@ -108,7 +108,7 @@ def _zeros(kind: jax.ShapeDtypeStruct, update: Any) -> Any:
 
 def _applied(updates: Any, norm: jax.Array, limit: jax.Array | None, skipped: jax.Array) -> Any:
     """The finite elements, rescaled to the limit if there is one; zeros in a skipped step."""
-    scale, power = (norm, norm) if limit is None else factors(norm, limit, shrink)
+    factor = None if limit is None else factors(norm, limit, shrink)
 
     def kept(x: jax.Array, skipped: jax.Array) -> jax.Array:
         return jnp.where(jnp.isfinite(x) & ~skipped, x, constant_like(0, x))
@@ -117,6 +117,6 @@ def _applied(updates: Any, norm: jax.Array, limit: jax.Array | None, skipped: ja
         if not is_gradient(x):
             return x
         x = changed_in_place(kept, jnp.asarray(x), skipped)
-        return x if limit is None else rescale([x], [scale], [power])[0]
+        return x if factor is None else rescale([x], [factor])[0]
 
     return jax.tree.map(applied, updates)

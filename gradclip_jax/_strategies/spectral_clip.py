@@ -250,13 +250,13 @@ def _held(leaves, norms, limit, *, change, option, response, on_nonfinite):
     alike: dict[Any, list[Any]] = {}
     for i, (x, norm, most) in enumerate(zip(leaves, norms, limits, strict=True)):
         finite = jnp.isfinite(norm)
-        first, second = factors(jnp.where(finite, norm, 0), most, response)
+        factor = factors(jnp.where(finite, norm, 0), most, response)
         if x.ndim < 2 or not x.size:
-            first = jnp.where(finite, first, fill).astype(norm.dtype)
-            (held[i],) = rescale([x], [first], [second])
+            scale = jnp.where(finite, factor.scale, fill).astype(norm.dtype)
+            (held[i],) = rescale([x], [factor._replace(scale=scale)])
         else:
             held[i] = wide = jnp.where(finite, widen(x), 0)
-            needs = finite & (first * second != 1)
+            needs = finite & (factor.scale * factor.power != 1)
             alike.setdefault(jax.typeof(wide), []).append((i, (needs, wide, norm, most)))
     for group in alike.values():
         each, arrays = zip(*group, strict=True)
@@ -267,8 +267,9 @@ def _held(leaves, norms, limit, *, change, option, response, on_nonfinite):
     clipped = nonfinite = jnp.zeros((), bool)
     for top, most in zip(tops, limits, strict=True):
         finite = jnp.isfinite(top)
-        first, second = factors(jnp.where(finite, top, 0), most, response)
-        of_tops.append(jnp.where(finite, first * second, fill).astype(top.dtype))
+        factor = factors(jnp.where(finite, top, 0), most, response)
+        whole = factor.scale * factor.power
+        of_tops.append(jnp.where(finite, whole, fill).astype(top.dtype))
         clipped |= jnp.any(finite & (top > most))
         nonfinite |= jnp.any(~finite)
     return held, tops, limits, of_tops, jnp.stack([clipped, nonfinite])
@@ -304,9 +305,9 @@ def _by_decomposition(
     down = powers_near(norm)
     u, sigma, vh = jnp.linalg.svd(scaled(x, *down), full_matrices=False)
     sigma = sigma[..., None, :] * (1 / down[0]) * (1 / down[1])
-    first, second = factors(sigma, limit, response)
-    pass_all = jnp.all(first * second == 1, axis=-1, keepdims=True)
-    held = product(scaled(u, sigma * second * first), vh)
+    factor = factors(sigma, limit, response)
+    pass_all = jnp.all(factor.scale * factor.power == 1, axis=-1, keepdims=True)
+    held = product(scaled(u, sigma * factor.power * factor.scale), vh)
     return jnp.where(pass_all, x, held), jnp.max(sigma, axis=-1, keepdims=True)
 
 
@@ -350,14 +351,14 @@ def _by_newton_schulz(
     bound = jnp.where(bound > 0, bound, 1)
     up = (1 / down[0], 1 / down[1])
     top = jnp.sqrt(bound) * up[0] * up[1]
-    first, second = factors(top, limit, smooth_sqrt)
+    factor = factors(top, limit, smooth_sqrt)
     # What the rounding of A hides would be a negative eigenvalue, from which the steps diverge.
     hidden = 4 * math.sqrt(x.shape[-2]) * jnp.finfo(top.dtype).eps
-    least = jnp.maximum((first * second) ** 2, hidden)
+    least = jnp.maximum((factor.scale * factor.power) ** 2, hidden)
     a = scaled(identities(gram), least) + scaled(gram, (1 - least) / bound)
     root = _inverse_root(a, jax.lax.stop_gradient(least), iterations)
     # One power each, so that neither product leaves the range.
-    held = scaled(product(root, near), up[0] * second, up[1] * first)
+    held = scaled(product(root, near), up[0] * factor.power, up[1] * factor.scale)
     return (jnp.swapaxes(held, -1, -2) if is_tall else held), top
 
 

@@ -82,9 +82,9 @@ def test_shrink_with_the_epsilon_of_pytorch():
 
 
 def test_a_factor_below_the_smallest_float32_is_shared_by_two_steps():
-    first, second = factors(jnp.float32(3e38), jnp.float32(1e-3), shrink)
-    assert float(second) == 2.0**-64
-    assert float(first) * 2.0**-64 == pytest.approx(1e-3 / 3e38, rel=1e-6, abs=0)
+    factor = factors(jnp.float32(3e38), jnp.float32(1e-3), shrink)
+    assert float(factor.power) == 2.0**-64
+    assert float(factor.scale) * 2.0**-64 == pytest.approx(1e-3 / 3e38, rel=1e-6, abs=0)
     clip = clip_to_limit(1e-3)
     updates, _ = clip.update(jnp.array([3e38, 3e35]), clip.init(jnp.zeros(2)))
     np.testing.assert_allclose(updates, [1e-3, 1e-6], rtol=1e-5)
@@ -131,8 +131,8 @@ def test_no_pair_of_norm_and_limit_leaves_the_range_before_its_product(response)
 
     @jax.jit
     def held(norm, limit):
-        first, second = factors(norm, limit, response)
-        return norm * second * first
+        scale, power = factors(norm, limit, response)
+        return norm * power * scale
 
     result = np.asarray(held(norm, limit), np.float64)
     wide = norm.astype(np.float64)
@@ -145,15 +145,15 @@ def test_no_pair_of_norm_and_limit_leaves_the_range_before_its_product(response)
 @pytest.mark.parametrize("response", FORMULAS, ids=lambda response: response.__name__)
 @pytest.mark.parametrize("limit", [0.0, 1e-37, 1.0, 1e37, jnp.inf])
 def test_zero_times_any_factor_is_zero(response, limit):
-    first, second = factors(jnp.float32(0), jnp.float32(limit), response)
-    assert float(jnp.float32(0) * second * first) == 0
+    scale, power = factors(jnp.float32(0), jnp.float32(limit), response)
+    assert float(jnp.float32(0) * power * scale) == 0
 
 
 @pytest.mark.parametrize("response", FORMULAS, ids=lambda response: response.__name__)
 def test_a_limit_of_zero_holds_every_norm(response):
     norm = jnp.asarray(10.0 ** np.arange(-37, 39), jnp.float32)
-    first, second = factors(norm, jnp.zeros_like(norm), response)
-    np.testing.assert_array_equal(norm * second * first, 0)
+    scale, power = factors(norm, jnp.zeros_like(norm), response)
+    np.testing.assert_array_equal(norm * power * scale, 0)
 
 
 def test_the_product_is_taken_in_float32():
