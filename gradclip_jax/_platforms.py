@@ -92,11 +92,7 @@ def _norms(plan: Plan, order: float, largest: Kernel = largest_modulus) -> list[
     scales = [powers_near(norm) for norm in norms]
     sums = plan.sum(functools.partial(sum_of_powers, order=order), scales)
     roots = [safe_power(total, 1 / order) for total in sums]
-    # Not `root / first / second`: XLA makes that `root / (first * second)`, which overflows.
-    return [
-        root * (1 / first) * (1 / second)
-        for root, (first, second) in zip(roots, scales, strict=True)
-    ]
+    return [scale.divide(root) for root, scale in zip(roots, scales, strict=True)]
 
 
 def by_branch(plan: Plan, branch: bool = True) -> list[jax.Array]:

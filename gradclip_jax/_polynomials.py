@@ -83,8 +83,8 @@ def _hold(
     usable = jnp.isfinite(norm) & jnp.isfinite(limit)
     norm, bounded = jnp.where(usable, norm, 0), jnp.where(usable, limit, 0)
     down = powers_near(norm)
-    near_norm = norm * down[0] * down[1]
-    near_limit = jnp.maximum(bounded * down[0] * down[1], near_norm * STARTS[-1])
+    near_norm = down.times(norm)
+    near_limit = jnp.maximum(down.times(bounded), near_norm * STARTS[-1])
     near_limit = jnp.where(near_limit > 0, near_limit, 1)
     raises, start = jnp.zeros_like(norm, jnp.int32), jnp.full_like(norm, STARTS[0])
     for value, lower in itertools.pairwise(STARTS):
@@ -101,7 +101,7 @@ def _hold(
     held = jnp.swapaxes(held, -1, -2) if is_tall else held
     any_above = jnp.trace(is_above, axis1=-2, axis2=-1).real[..., None, None] > 0.5
     top = jnp.sqrt(jnp.sqrt(jax.lax.stop_gradient(of_first))) * (near_limit / start)
-    top = jnp.minimum(top, near_norm) * (1 / down[0]) * (1 / down[1])
+    top = down.divide(jnp.minimum(top, near_norm))
     return jnp.where(any_above, held, x), jnp.where(any_above, top, jnp.minimum(top, bounded))
 
 

@@ -6,7 +6,7 @@ power of two of its own, and the one that is exact is chosen.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,10 +101,10 @@ def sum_of_moduli(x, *, axes):
     return _sum(functools.reduce(jnp.add, _moduli(x)), axes)
 
 
-def sum_of_powers(x, first, second, *, order, axes):
-    """The sum of the powers of the moduli, each times two scales."""
+def sum_of_powers(x, half, rest, *, order, axes):
+    """The sum of the powers of the moduli, each times a `PowerOfTwo`."""
     exponent = int(order) if order == int(order) else order
-    powers = [(modulus * first * second) ** exponent for modulus in _moduli(x)]
+    powers = [PowerOfTwo(half, rest).times(modulus) ** exponent for modulus in _moduli(x)]
     return _sum(functools.reduce(jnp.add, powers), axes)
 
 
@@ -163,15 +163,31 @@ def _sum(x, axes):
     return jnp.sum(x, axis=axes, keepdims=axes is not None)
 
 
-def powers_near(norm: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two powers of two whose product is near 1 / norm; for one that is 0 or not finite, ones.
+class PowerOfTwo(NamedTuple):
+    """A power of two as a product: XLA flushes neither part to zero, nor the inverse of one.
 
-    Of both and of their inverses none is flushed, as the inverse of the product itself would be.
+    It would flush the inverse of the whole power from 2^127 on.
     """
+
+    half: jax.Array
+    rest: jax.Array
+
+    def times(self, x: jax.Array) -> jax.Array:
+        """`x` times the power, one part after the other."""
+        return x * self.half * self.rest
+
+    def divide(self, x: jax.Array) -> jax.Array:
+        """`x` over the power."""
+        # Not `x / half / rest`: XLA makes that `x / (half * rest)`, which overflows.
+        return x * (1 / self.half) * (1 / self.rest)
+
+
+def powers_near(norm: jax.Array) -> PowerOfTwo:
+    """The power of two near 1 / norm; 1 for a norm that is 0 or not finite."""
     norm = jax.lax.stop_gradient(norm)
     exponent = jnp.frexp(jnp.where(jnp.isfinite(norm) & (norm != 0), norm, 1))[1]
     half, one = exponent // 2, jnp.ones_like(norm)
-    return jnp.ldexp(one, -half), jnp.ldexp(one, half - exponent)
+    return PowerOfTwo(jnp.ldexp(one, -half), jnp.ldexp(one, half - exponent))
 
 
 def safe_power(x: jax.Array, exponent: float) -> jax.Array:
