@@ -79,27 +79,20 @@ def _checked_schedule(name: str, schedule: Callable[..., Any]) -> Callable[[Any]
     return checked
 
 
-_INJECT = (
-    "a schedule of it goes through `optax.inject_hyperparams(strategy)(argument=schedule)`, one of "
-    "a limit through `optax.inject_hyperparams(lambda k: clip_to_limit(limits.ema(k)))(k=schedule)`"
-)
-
-
-def check_number(name: str, value: Any, rule: str, least: float, most: float = math.inf) -> Any:
+def check_number(name: str, value: Any, rule: str, low: float, high: float = math.inf) -> Any:
     """Return a finite number or scalar array within bounds, or a traced value; else raise."""
     if isinstance(value, Tracer):
         return value
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
-        is_number = real and value.shape == ()
+        is_real = any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer))
+        is_number = is_real and value.shape == ()
         if is_number and isinstance(value, jax.Array) and not value.is_fully_addressable:
             return value
     else:
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     number = _as_float(value) if is_number else math.nan
-    if not math.isfinite(number) or not least <= number <= most:
-        fix = f": {_INJECT}" if callable(value) else ""
-        raise ValueError(f"`{name}` must {rule}, got {value!r}{fix}.")
+    if not math.isfinite(number) or not low <= number <= high:
+        raise ValueError(f"`{name}` must {rule}, got {value!r}.")
     return value if isinstance(value, jax.Array) else number
 
 

@@ -114,7 +114,7 @@ def reduced_axes(
     tuple of names, or a PartitionSpec. Raises ValueError where none of them tells.
     """
     if partial := unreduced_axes(x):
-        # In `jit` no axis is bound that `psum` could sum over.
+        # `psum` needs a bound mesh axis, and `jit` binds none: there `reshard` makes the sum.
         what, hint = "is a partial sum (unreduced)", "In `jit` call `jax.reshard(grads, specs)`."
         raise ValueError(_not_averaged(path, partial, what, "psum", hint))
     if given is None and not checked and manual_axes():

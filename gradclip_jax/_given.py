@@ -40,7 +40,7 @@ class GivenNorm(NamedTuple):
         if jnp.issubdtype(norm.dtype, jnp.complexfloating):
             raise ValueError(f"`{self.name}` must be real, got {norm.dtype}.")
         norm = norm.astype(norm_dtype())
-        # Some programs say -1 for an overflow; a factor of that sign would turn the step round.
+        # DeepSpeed reports -1 after an overflow; a negative factor would ascend.
         return jnp.where(norm < 0, jnp.nan, norm)
 
 
@@ -57,7 +57,7 @@ def given_norm(name: str) -> GivenNorm:
 
     Args:
       name: Name of the extra argument of `update`. It must be a real scalar; one below 0 counts
-        as not finite, because some programs say -1 for an overflow.
+        as not finite, because DeepSpeed reports -1 after an overflow.
 
     Returns:
       A measure for `clip_to_limit`, for `skip_nonfinite` and `skip_spikes`, and for every

@@ -14,7 +14,7 @@ _FIX = (
     "make them of the tree that the clip is given, with `jax.tree.map`, or pass a function of it; "
     "behind an `nnx.Optimizer` that tree is `nnx.as_pure(nnx.state(model, nnx.Param))`"
 )
-_ROW = 32  # scalars that one kernel reads
+_STACK = 32  # scalars that one kernel reads
 
 
 class GroupNorms(dict[Any, Any]):
@@ -85,8 +85,8 @@ def widen(x: jax.Array) -> jax.Array:
     return x if jnp.finfo(x.dtype).bits > jnp.finfo(wide).bits else x.astype(wide)
 
 
-def scalar_rows(arrays: Sequence[jax.Array]) -> list[list[int]]:
-    """Positions of single numbers of one type, some in each row, which is computed together.
+def scalar_stacks(arrays: Sequence[jax.Array]) -> list[list[int]]:
+    """Positions of single numbers of one type, some in each stack, which is computed together.
 
     One kernel that reads 500 norms and limits took XLA 140 s to compile.
     """
@@ -94,7 +94,7 @@ def scalar_rows(arrays: Sequence[jax.Array]) -> list[list[int]]:
     for i, array in enumerate(arrays):
         if jnp.size(array) == 1:
             of_type.setdefault(jax.typeof(array), []).append(i)
-    return [of[i : i + _ROW] for of in of_type.values() for i in range(0, len(of), _ROW)]
+    return [of[i : i + _STACK] for of in of_type.values() for i in range(0, len(of), _STACK)]
 
 
 def stacked_scalars(
@@ -104,21 +104,20 @@ def stacked_scalars(
 
     Those that stand where `like` has single numbers of one type share a vector.
     """
-    rows = scalar_rows(arrays if like is None else like)
-    stacked = [
-        jnp.stack([arrays[i] for i in row]) if len(row) > 1 else arrays[row[0]] for row in rows
-    ]
-    alone = set(range(len(arrays))).difference(*rows)
+    stacks = scalar_stacks(arrays if like is None else like)
+    parts = [[arrays[i] for i in positions] for positions in stacks]
+    stacked = [jnp.stack(part) if len(part) > 1 else part[0] for part in parts]
+    alone = set(range(len(arrays))).difference(*stacks)
     return stacked + [arrays[i] for i in sorted(alone)]
 
 
-def unstacked_scalars(rows: Sequence[jax.Array], like: Sequence[jax.Array]) -> list[jax.Array]:
-    """What became of each of `like` in its row of `stacked_scalars(like)`."""
-    of_rows = scalar_rows(like)
-    others = iter(rows[len(of_rows) :])
+def unstacked_scalars(stacked: Sequence[jax.Array], like: Sequence[jax.Array]) -> list[jax.Array]:
+    """What became of each of `like` in its stack of `stacked_scalars(like)`."""
+    stacks = scalar_stacks(like)
+    others = iter(stacked[len(stacks) :])
     result = [array if jnp.size(array) == 1 else next(others) for array in like]
-    for row, positions in zip(rows, of_rows, strict=False):
-        for i, entry in zip(positions, row if len(positions) > 1 else [row], strict=True):
+    for array, positions in zip(stacked, stacks, strict=False):
+        for i, entry in zip(positions, array if len(positions) > 1 else [array], strict=True):
             result[i] = entry
     return result
 

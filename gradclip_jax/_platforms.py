@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ._compiled import compiled
-from ._leaves import norm_dtype, scalar_rows, stacked_scalars, unstacked_scalars
+from ._leaves import norm_dtype, scalar_stacks, stacked_scalars, unstacked_scalars
 from ._memory import changed_in_place, in_host_memory
 from ._reduce import Kernel, Plan, Shard, unshared
 from ._safe import (
@@ -116,8 +116,8 @@ def in_float64(plan: Plan) -> list[jax.Array]:
         return in_two_reads(plan)
     with jax.enable_x64(True):
         sums = plan.sum(sum_of_squares)
-        roots = [safe_power(row, 0.5) for row in stacked_scalars(sums)]
-        return unstacked_scalars([jax.lax.convert_element_type(row, dtype) for row in roots], sums)
+        roots = [safe_power(stack, 0.5) for stack in stacked_scalars(sums)]
+        return unstacked_scalars([jax.lax.convert_element_type(x, dtype) for x in roots], sums)
 
 
 def in_one_read(
@@ -135,9 +135,9 @@ def in_one_read(
     plain, up, down = zip(*sums, strict=True) if sums else ((), (), ())
     counts = [jnp.full_like(of, size) for of, size in zip(plain, sizes, strict=True)]
     kinds = (plain, up, down, counts)
-    rows = zip(*(stacked_scalars(of_kind, plain) for of_kind in kinds), strict=True)
-    # Else each kernel that reads a norm adds the sums of all leaves again.
-    return unstacked_scalars(unshared([_norm_of_three(*row) for row in rows]), plain)
+    stacks = zip(*(stacked_scalars(of_kind, plain) for of_kind in kinds), strict=True)
+    # Without the barrier each kernel that reads a norm adds the sums of all leaves again.
+    return unstacked_scalars(unshared([_norm_of_three(*of) for of in stacks]), plain)
 
 
 def _three_sums(plan: Plan, shards: Sequence[Shard]) -> list[Any]:
@@ -170,18 +170,20 @@ def elementwise(f: Callable[..., Any], norms: Sequence[jax.Array], *others: Any)
         return [f(*of_norm) for of_norm in zip(*given, strict=True)]
 
     def together() -> list[Any]:
-        rows = [row for row in scalar_rows(norms) if len(row) > 1]
         found: dict[int, Any] = {}
-        for row in rows:
-            of_row = [tuple(of[i] for of in given) for i in row]
-            stacked = jax.tree.map(lambda *x: jnp.stack(x), *of_row)
-            # Else each entry is computed anew, from a state that its successor overwrites.
+        for positions in scalar_stacks(norms):
+            if len(positions) < 2:
+                continue
+            of_each = [tuple(of[i] for of in given) for i in positions]
+            stacked = jax.tree.map(lambda *x: jnp.stack(x), *of_each)
+            # Without the barrier XLA computes each entry anew where it is read, from an old state
+            # that the new one overwrites.
             arrays, treedef = jax.tree.flatten(unshared(jax.vmap(f)(*stacked)))
-            for i, *entries in zip(row, *arrays, strict=True):
+            for i, *entries in zip(positions, *arrays, strict=True):
                 found[i] = treedef.unflatten(entries)
         return [found[i] if i in found else f(*(of[i] for of in given)) for i in range(len(norms))]
 
-    if all(len(row) < 2 for row in scalar_rows(norms)):
+    if all(len(positions) < 2 for positions in scalar_stacks(norms)):
         return alone()
     return jax.lax.platform_dependent(cpu=alone, default=together)
 
@@ -196,10 +198,10 @@ def _exact_sums(plan: Plan, shards: Sequence[Shard], branch: bool) -> list[Any]:
     safe = SafeRange(norm_dtype())
     plain = plan.on_this_device(sum_of_squares, shards)
     counts = [sum(plan.leaves[i].size for i in shard.members) for shard in shards]
-    # Kept apart, not stacked as a vector: XLA would compute the vector anew for each leaf that
+    # Not stacked as a vector: XLA would compute the vector anew for each leaf that
     # reads its entry of it (200 leaves of 64 x 64 took 21 s to compile instead of 8).
     scales = [safe.scale(s, count) for s, count in zip(plain, counts, strict=True)]
-    odd = [jnp.any(row != 1) for row in stacked_scalars(scales)]
+    odd = [jnp.any(stack != 1) for stack in stacked_scalars(scales)]
     unsafe = functools.reduce(jnp.logical_or, odd, jnp.zeros((), bool))
 
     def scaled():

@@ -105,7 +105,8 @@ class Plan:
             ]
             if not parts:  # of no leaf, what the kernel makes of no element
                 parts = [kernel(jnp.zeros(0, norm_dtype()), *number, axes=None)]
-            # Else XLA adds arrays of one shape and keeps their sum, to reduce that.
+            # Without the barrier XLA first adds leaves of one shape, and keeps that sum in memory
+            # (17 % of the parameters of an LSTM) to reduce it.
             parts = self._apart(parts) if len(parts) > 1 else parts
             reduced.append(functools.reduce(functools.partial(jax.tree.map, join), parts))
         return reduced

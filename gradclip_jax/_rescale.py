@@ -46,7 +46,7 @@ def shrink(norm: jax.Array, limit: jax.Array, *, eps: float = 0.0) -> jax.Array:
     """
     norm = norm + eps if eps else norm
     over = norm > limit
-    # The quotient comes last: XLA computes what ends in one once, and a select again in each leaf.
+    # End in a division: XLA computes one once, but repeats a select in every leaf that it scales.
     return jnp.where(over, limit, 1) / jnp.where(over, norm, 1)
 
 
@@ -177,7 +177,7 @@ def factors(norm: jax.Array, limit: jax.Array, response: Response) -> Factor:
     one = jnp.ones_like(norm)
     lowered = jnp.where(down_far, far, jnp.where(down, near, one))
     raised = jnp.where(up_far, far, jnp.where(up, near, one))
-    # Quotients, too, for the same reason as in `shrink`.
+    # Both end in a division, as `shrink` does: XLA repeats a select in every leaf that it scales.
     return Factor(response(norm, limit * raised / lowered), lowered / raised)
 
 
@@ -208,7 +208,7 @@ def clamped(x: jax.Array, low: jax.Array, high: jax.Array, *, fill: float) -> ja
     """
     wide = widen(x)
     if jnp.iscomplexobj(x):
-        held = wide * shrink(jnp.abs(wide), high).astype(wide.dtype)
+        clipped = wide * shrink(jnp.abs(wide), high).astype(wide.dtype)
     else:
-        held = jnp.clip(wide, -low, high)
-    return jnp.where(jnp.isfinite(wide), held, constant_like(fill, held)).astype(x.dtype)
+        clipped = jnp.clip(wide, -low, high)
+    return jnp.where(jnp.isfinite(wide), clipped, constant_like(fill, clipped)).astype(x.dtype)

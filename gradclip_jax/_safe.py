@@ -51,14 +51,14 @@ class SafeRange:
         self.up = 2.0 ** (info.maxexp * 5 // 8)
         self.down = 1 / self.up
         # Room for the sums of 2^28 devices and leaves to be added.
-        self.most = 2.0 ** (info.maxexp * 25 // 32)
+        self.high = 2.0 ** (info.maxexp * 25 // 32)
         # Each of n squares may lose up to `tiny`; the sum must not notice.
-        self.least = float(info.tiny) / float(info.eps)
+        self.low = float(info.tiny) / float(info.eps)
 
     def scale(self, plain: jax.Array, count: Any) -> jax.Array:
         """1, or the power of two by which elements with that plain sum must be scaled."""
-        low = plain < jnp.asarray(count * self.least, plain.dtype)
-        scale = jnp.where(plain > self.most, self.down, jnp.where(low, self.up, 1.0))
+        is_low = plain < jnp.asarray(count * self.low, plain.dtype)
+        scale = jnp.where(plain > self.high, self.down, jnp.where(is_low, self.up, 1.0))
         return scale.astype(plain.dtype)
 
 
@@ -197,11 +197,11 @@ def safe_power(x: jax.Array, exponent: float) -> jax.Array:
     return jnp.where(x != 0, power, 0)
 
 
-def hypot_of_norms(most: jax.Array, least: jax.Array) -> jax.Array:
-    """The norm of two norms without the overflow of their squares; 0 if `most` is."""
-    # Not computed from a zero: the derivative of the ratio would be 0 / 0.
-    nonzero = most != 0
-    most, least = jnp.where(nonzero, most, 1), jnp.where(nonzero, least, 0)
-    most, least = jnp.maximum(most, least), jnp.minimum(most, least)
-    ratio = least / most
-    return jnp.where(nonzero, most * jnp.sqrt(1 + ratio * ratio), 0)
+def hypot_of_norms(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The norm of two norms without the overflow of their squares; 0 if `a` is."""
+    # Not computed from a zero: the derivative of the quotient would be 0 / 0.
+    nonzero = a != 0
+    a, b = jnp.where(nonzero, a, 1), jnp.where(nonzero, b, 0)
+    large, small = jnp.maximum(a, b), jnp.minimum(a, b)
+    r = small / large
+    return jnp.where(nonzero, large * jnp.sqrt(1 + r * r), 0)

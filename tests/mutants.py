@@ -70,10 +70,10 @@ NORMS = [
         ("strategy_laws", "metrics"),
     ),
     Mutant(
-        "the limits of a row in the order of another",
+        "the limits of a stack in the order of another",
         "_platforms.py",
-        "in zip(row, *arrays, strict=True)",
-        "in zip(row[::-1], *arrays, strict=True)",
+        "in zip(positions, *arrays, strict=True)",
+        "in zip(positions[::-1], *arrays, strict=True)",
         ("platforms",),
     ),
     Mutant(
@@ -128,15 +128,15 @@ NORMS = [
     Mutant(
         "a plain sum of squares is believed below the safe range",
         "_safe.py",
-        "self.least = float(info.tiny) / float(info.eps)",
-        "self.least = float(info.tiny)",
+        "self.low = float(info.tiny) / float(info.eps)",
+        "self.low = float(info.tiny)",
         ("norms", "ghost", "*laws"),
     ),
     Mutant(
         "scaled up where it must be scaled down",
         "_safe.py",
-        "jnp.where(plain > self.most, self.down, jnp.where(low, self.up, 1.0))",
-        "jnp.where(plain > self.most, self.up, jnp.where(low, self.down, 1.0))",
+        "jnp.where(plain > self.high, self.down, jnp.where(is_low, self.up, 1.0))",
+        "jnp.where(plain > self.high, self.up, jnp.where(is_low, self.down, 1.0))",
         ("norms",),
     ),
     Mutant(
@@ -257,15 +257,15 @@ RESCALING = [
     Mutant(
         "lower and upper bound of a value swapped",
         "_rescale.py",
-        "held = jnp.clip(wide, -low, high)",
-        "held = jnp.clip(wide, -high, low)",
+        "clipped = jnp.clip(wide, -low, high)",
+        "clipped = jnp.clip(wide, -high, low)",
         ("classics", "*laws"),
     ),
     Mutant(
         "an infinite element is clipped to the bound",
         "_rescale.py",
-        "return jnp.where(jnp.isfinite(wide), held",
-        "return jnp.where(~jnp.isnan(wide), held",
+        "return jnp.where(jnp.isfinite(wide), clipped",
+        "return jnp.where(~jnp.isnan(wide), clipped",
         ("classics", "elementwise", "*laws"),
     ),
     Mutant(
