@@ -40,8 +40,8 @@ def norms_of_groups(plan: Plan, *, order: float) -> list[jax.Array]:
         shared = dataclasses.replace(here, barrier=True)
         if order != 2:
             return jax.lax.platform_dependent(
-                cpu=lambda: _norms(shared, order, largest_modulus_on_cpu),
-                default=lambda: _norms(here, order),
+                cpu=lambda: _norms_of_order(shared, order, largest_modulus_on_cpu),
+                default=lambda: _norms_of_order(here, order),
             )
         if any(in_host_memory(leaf) for leaf in leaves):
             return by_branch(shared)
@@ -58,7 +58,7 @@ def norms_of_groups(plan: Plan, *, order: float) -> list[jax.Array]:
 
     def differentiable(leaves):
         here = dataclasses.replace(plan, leaves=leaves)
-        return in_two_reads(here) if order == 2 else _norms(here, order)
+        return in_two_reads(here) if order == 2 else _norms_of_order(here, order)
 
     return with_finite_derivative(measure, differentiable, plan.leaves)
 
@@ -82,13 +82,12 @@ def with_finite_derivative(measure: Any, differentiable: Any, leaves: Sequence[j
     return measured(leaves)
 
 
-def _norms(plan: Plan, order: float, largest: Kernel = largest_modulus) -> list[jax.Array]:
-    match order:
-        case 1:
-            return plan.sum(sum_of_moduli)
-        case math.inf:
-            return plan.max(largest)
+def _norms_of_order(plan: Plan, order: float, largest: Kernel = largest_modulus) -> list[jax.Array]:
+    if order == 1:
+        return plan.sum(sum_of_moduli)
     norms = plan.max(largest)
+    if order == math.inf:
+        return norms
     scales = [powers_near(norm) for norm in norms]
     sums = plan.sum(functools.partial(sum_of_powers, order=order), scales)
     roots = [safe_power(total, 1 / order) for total in sums]

@@ -1,4 +1,4 @@
-"""Singular values by matrix products alone: held to a limit, or all brought to one.
+"""Singular values by matrix products alone: clamped to a limit, or all brought to one.
 
 A polynomial step maps each singular value s to a s + b s^3 + c s^5. What lies between `low` and 1
 goes nearest to 1 by the minimax polynomial of that interval, found by Remez: Polar Express (Amsel,
@@ -9,6 +9,7 @@ Muon Algorithm*, 2025, https://arxiv.org/abs/2505.16932). It also keeps the orde
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,16 +67,16 @@ def hold_singular_values(
     and its bound is the limit at most. Where `norm` is above 9e7 limits, the limit is that share of
     it, and what comes of it is scaled to the limit that was asked for.
     """
-    return _hold(x, norm, limit, fixed=False)
+    return _clamp(x, norm, limit, fixed=False)
 
 
 @hold_singular_values.defjvp
-def _(primals, tangents):
+def _(primals: Any, tangents: Any) -> Any:
     # In reverse only a fixed number of steps has a derivative.
-    return jax.jvp(functools.partial(_hold, fixed=True), primals, tangents)
+    return jax.jvp(functools.partial(_clamp, fixed=True), primals, tangents)
 
 
-def _hold(
+def _clamp(
     x: jax.Array, norm: jax.Array, limit: jax.Array, *, fixed: bool
 ) -> tuple[jax.Array, jax.Array]:
     is_tall = x.shape[-2] > x.shape[-1]
@@ -95,14 +96,14 @@ def _hold(
     y = scaled(wide, *down, start / near_limit)
     y, (of_first, undoing, before, after) = _polar(y, raises, fixed)
     eye = identities(after)
-    signs = _signs(scaled(after - SQUARED_LIMIT * eye, 1 / SQUARED_LIMIT), raises, fixed)
+    signs = _matrix_sign(scaled(after - SQUARED_LIMIT * eye, 1 / SQUARED_LIMIT), raises, fixed)
     is_above, below = (eye + signs) / 2, product(undoing, before)
-    held = scaled(below + product(is_above, y - below), bounded)
-    held = jnp.swapaxes(held, -1, -2) if is_tall else held
+    clamped = scaled(below + product(is_above, y - below), bounded)
+    clamped = jnp.swapaxes(clamped, -1, -2) if is_tall else clamped
     any_above = jnp.trace(is_above, axis1=-2, axis2=-1).real[..., None, None] > 0.5
     top = jnp.sqrt(jnp.sqrt(jax.lax.stop_gradient(of_first))) * (near_limit / start)
     top = down.divide(jnp.minimum(top, near_norm))
-    return jnp.where(any_above, held, x), jnp.where(any_above, top, jnp.minimum(top, bounded))
+    return jnp.where(any_above, clamped, x), jnp.where(any_above, top, jnp.minimum(top, bounded))
 
 
 @jax.custom_jvp
@@ -116,7 +117,7 @@ def polar_factor(x: jax.Array) -> jax.Array:
 
 
 @polar_factor.defjvp
-def _(primals, tangents):
+def _(primals: Any, tangents: Any) -> Any:
     return jax.jvp(functools.partial(_factor, fixed=True), primals, tangents)
 
 
@@ -139,12 +140,12 @@ def _polar(
 
     One loop, and not one for each part of the way: TPU compile a product in three seconds.
     """
-    last, real = len(STARTS) - 1, jnp.finfo(y.dtype).dtype
-    table = jnp.asarray([*[RAISE] * last, *APPROACH, *CONVERGE], real)
+    last = len(STARTS) - 1
+    table = jnp.asarray([*[RAISE] * last, *APPROACH, *CONVERGE], jnp.finfo(y.dtype).dtype)
     first = 0 if fixed else last - jnp.max(raises)
     approached = last + len(APPROACH)
 
-    def step(i, carry):
+    def step(i: jax.Array, carry: Any) -> Any:
         y, (of_first, undoing, before, after) = carry
         gram = product(y, adjoint(y))
         square = product(gram, gram)
@@ -165,7 +166,7 @@ def _polar(
     return jax.lax.fori_loop(first, len(table), step, carry)
 
 
-def _signs(x: jax.Array, raises: jax.Array, fixed: bool) -> jax.Array:
+def _matrix_sign(x: jax.Array, raises: jax.Array, fixed: bool) -> jax.Array:
     """The sign of each eigenvalue of matrices with eigenvalues between -1 and 1."""
     table = jnp.asarray(SIGN, jnp.finfo(x.dtype).dtype)
     first = 0 if fixed else _zero(raises)

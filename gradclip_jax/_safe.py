@@ -111,12 +111,12 @@ def sum_of_powers(x, half, rest, *, order, axes):
 def largest_modulus(x, *, axes):
     """The largest modulus of a leaf, or of small leaves of one shape; infinity for a NaN."""
     moduli = functools.reduce(jnp.maximum, _moduli(x))
-    return _largest(jnp.where(jnp.isfinite(moduli), moduli, constant_like(jnp.inf, moduli)), axes)
+    return _max(jnp.where(jnp.isfinite(moduli), moduli, constant_like(jnp.inf, moduli)), axes)
 
 
 def largest_modulus_on_cpu(x, *, axes):
     """The same where a select before a maximum would copy the leaf."""
-    largest = _largest(functools.reduce(jnp.maximum, _moduli(x)), axes)
+    largest = _max(functools.reduce(jnp.maximum, _moduli(x)), axes)
     # On CPU a maximum loses NaN: over devices, and (jaxlib 0.10 to 0.12) over 1,000 elements too.
     return jnp.where(all_finite(x, axes=axes), largest, constant_like(jnp.inf, largest))
 
@@ -155,7 +155,7 @@ def _squares(parts: list[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, [part * part for part in parts])
 
 
-def _largest(x, axes):
+def _max(x, axes):
     return jnp.max(x, axis=axes, keepdims=axes is not None, initial=0)
 
 
