@@ -35,7 +35,7 @@ _FUSED_ON_GPU = 64  # small leaves of one shape that one kernel reads
 def norms_of_groups(plan: Plan, *, order: float) -> list[jax.Array]:
     """The norm of each group of a plan, by the way that is fastest on the platform."""
 
-    def measure(leaves):
+    def measure(leaves: list[jax.Array]) -> list[jax.Array]:
         here = dataclasses.replace(plan, leaves=leaves)
         shared = dataclasses.replace(here, barrier=True)
         if order != 2:
@@ -56,7 +56,7 @@ def norms_of_groups(plan: Plan, *, order: float) -> list[jax.Array]:
             ways["default"] = lambda: in_two_reads(here)
         return jax.lax.platform_dependent(**ways)
 
-    def differentiable(leaves):
+    def differentiable(leaves: list[jax.Array]) -> list[jax.Array]:
         here = dataclasses.replace(plan, leaves=leaves)
         return in_two_reads(here) if order == 2 else _norms_of_order(here, order)
 
@@ -72,7 +72,7 @@ def with_finite_derivative(measure: Any, differentiable: Any, leaves: Sequence[j
     transpose a branch that `vmap` has mapped, nor 0.12 a barrier with some constant operands.
     """
 
-    def derivative(primals, tangents):
+    def derivative(primals: Any, tangents: Any) -> Any:
         (leaves,), (moved,) = primals, tangents
         finite = [changed_in_place(finite_or_zero, x) for x in leaves]
         return measure(leaves), jax.jvp(differentiable, (finite,), (moved,))[1]
@@ -203,7 +203,7 @@ def _exact_sums(plan: Plan, shards: Sequence[Shard], branch: bool) -> list[Any]:
     odd = [jnp.any(stack != 1) for stack in stacked_scalars(scales)]
     unsafe = functools.reduce(jnp.logical_or, odd, jnp.zeros((), bool))
 
-    def scaled():
+    def scaled() -> list[jax.Array]:
         numbers = {shard.group: (scale,) for shard, scale in zip(shards, scales, strict=True)}
         return plan.on_this_device(sum_of_squares, shards, numbers)
 

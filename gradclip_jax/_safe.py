@@ -17,6 +17,9 @@ from ._memory import constant_like
 Axes = tuple[int, ...] | None
 """Axes to reduce, which are kept with size one; None: all of them, and none is kept."""
 
+Leaves = jax.Array | list[jax.Array]
+"""A leaf, or small leaves of one shape that one kernel reads."""
+
 
 def norm_from_sum(total: jax.Array, scale: jax.Array) -> jax.Array:
     """The norm from a sum of `_exact_sums`."""
@@ -62,14 +65,14 @@ class SafeRange:
         return scale.astype(plain.dtype)
 
 
-def sum_of_squares(x, scale=None, *, axes):
-    """The sum of the squares of a leaf, or of small leaves of one shape together."""
+def sum_of_squares(x: Leaves, scale: jax.Array | None = None, *, axes: Axes) -> jax.Array:
+    """The sum of the squares of leaves."""
     wide = _real_parts(x)
     return _sum(_squares(wide if scale is None else [part * scale for part in wide]), axes)
 
 
-def three_sums_of_squares(x, *, axes, at_once=False):
-    """Three sums of squares of a leaf in one read: plain, scaled up and scaled down.
+def three_sums_of_squares(x: Leaves, *, axes: Axes, at_once: bool = False) -> tuple[jax.Array, ...]:
+    """Three sums of squares of leaves in one read: plain, scaled up and scaled down.
 
     TPU fuses three reductions with the matmul that makes a gradient, but not one of three operands
     (`at_once`), which takes a GPU half the kernels. CPU must not run that one on a large leaf: it
@@ -96,32 +99,34 @@ def sums_of(arrays: tuple[jax.Array, ...], axes: Axes = None) -> tuple[jax.Array
     return tuple(jax.lax.reduce(arrays, zeros, lambda a, b: tuple(map(jnp.add, a, b)), over))
 
 
-def sum_of_moduli(x, *, axes):
-    """The sum of the moduli of a leaf, or of small leaves of one shape together."""
+def sum_of_moduli(x: Leaves, *, axes: Axes) -> jax.Array:
+    """The sum of the moduli of leaves."""
     return _sum(functools.reduce(jnp.add, _moduli(x)), axes)
 
 
-def sum_of_powers(x, half, rest, *, order, axes):
+def sum_of_powers(
+    x: Leaves, half: jax.Array, rest: jax.Array, *, order: float, axes: Axes
+) -> jax.Array:
     """The sum of the powers of the moduli, each times a `PowerOfTwo`."""
     exponent = int(order) if order == int(order) else order
     powers = [PowerOfTwo(half, rest).times(modulus) ** exponent for modulus in _moduli(x)]
     return _sum(functools.reduce(jnp.add, powers), axes)
 
 
-def largest_modulus(x, *, axes):
-    """The largest modulus of a leaf, or of small leaves of one shape; infinity for a NaN."""
+def largest_modulus(x: Leaves, *, axes: Axes) -> jax.Array:
+    """The largest modulus of leaves; infinity for a NaN."""
     moduli = functools.reduce(jnp.maximum, _moduli(x))
     return _max(jnp.where(jnp.isfinite(moduli), moduli, constant_like(jnp.inf, moduli)), axes)
 
 
-def largest_modulus_on_cpu(x, *, axes):
+def largest_modulus_on_cpu(x: Leaves, *, axes: Axes) -> jax.Array:
     """The same where a select before a maximum would copy the leaf."""
     largest = _max(functools.reduce(jnp.maximum, _moduli(x)), axes)
     # On CPU a maximum loses NaN: over devices, and (jaxlib 0.10 to 0.12) over 1,000 elements too.
     return jnp.where(all_finite(x, axes=axes), largest, constant_like(jnp.inf, largest))
 
 
-def all_finite(x: Any, *, axes: Axes = None) -> jax.Array:
+def all_finite(x: Leaves, *, axes: Axes = None) -> jax.Array:
     """Whether all elements are finite: x - x is NaN where x is not, and no sum loses a NaN.
 
     A reduction of `isfinite(x)` would keep an array of booleans, and a select on each element
@@ -135,19 +140,19 @@ def finite_or_zero(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), x, constant_like(0, x))
 
 
-def _real_parts(x: Any) -> list[jax.Array]:
-    """The real and imaginary parts of a leaf or of several, in the precision of norms."""
+def _real_parts(x: Leaves) -> list[jax.Array]:
+    """The real and imaginary parts of leaves, in the precision of norms."""
     parts = [
         part for a in _leaves(x) for part in ([a.real, a.imag] if jnp.iscomplexobj(a) else [a])
     ]
     return [widen(part) for part in parts]
 
 
-def _moduli(x: Any) -> list[jax.Array]:
+def _moduli(x: Leaves) -> list[jax.Array]:
     return [jnp.abs(widen(leaf)) for leaf in _leaves(x)]
 
 
-def _leaves(x: Any) -> list[jax.Array]:
+def _leaves(x: Leaves) -> list[jax.Array]:
     return x if isinstance(x, list) else [x]
 
 
@@ -155,11 +160,11 @@ def _squares(parts: list[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, [part * part for part in parts])
 
 
-def _max(x, axes):
+def _max(x: jax.Array, axes: Axes) -> jax.Array:
     return jnp.max(x, axis=axes, keepdims=axes is not None, initial=0)
 
 
-def _sum(x, axes):
+def _sum(x: jax.Array, axes: Axes) -> jax.Array:
     return jnp.sum(x, axis=axes, keepdims=axes is not None)
 
 
