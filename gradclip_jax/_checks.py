@@ -89,7 +89,7 @@ def check_number(name: str, value: Any, rule: str, low: float, high: float = mat
         if is_number and isinstance(value, jax.Array) and not value.is_fully_addressable:
             return value
     else:
-        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        is_number = not isinstance(value, bool) and isinstance(value, numbers.Real)
     number = _as_float(value) if is_number else math.nan
     if not math.isfinite(number) or not low <= number <= high:
         raise ValueError(f"`{name}` must {rule}, got {value!r}.")
@@ -132,7 +132,7 @@ def check_steps(name: str, value: Any) -> Any:
 
 def check_whole_number(name: str, value: Any, least: int = 1) -> int:
     """Return a whole number that decides a shape or a program, so not a traced one; else raise."""
-    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    is_whole = not isinstance(value, bool) and isinstance(value, numbers.Integral)
     if not is_whole or value < least:
         hint = " (name it in `static_args` of `inject_hyperparams`)"
         raise ValueError(
@@ -148,8 +148,16 @@ def _below_counters(name: str, value: int) -> int:
     return value
 
 
+def check_argument_name(name: str, value: Any, rest: str = "") -> str:
+    """Return the name of an extra argument of `update`; raise for what is not a name."""
+    if not (isinstance(value, str) and value.isidentifier()):
+        rule = f"be the name of an extra argument of `update`{rest}"
+        raise ValueError(f"`{name}` must {rule}, got {value!r}.")
+    return value
+
+
 def check_transformation(name: str, value: Any, what: str, fix: str = "") -> None:
-    """Raise for what is no transformation of optax, such as a factory that was not called."""
+    """Raise for what is not a transformation of optax, such as a factory that was not called."""
     if not (hasattr(value, "init") and hasattr(value, "update")):
         raise ValueError(f"`{name}` must be {what} of optax, got {value!r}{fix}.")
 

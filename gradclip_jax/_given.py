@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ._checks import check_argument_name
 from ._leaves import norm_dtype
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -64,7 +65,7 @@ def given_norm(name: str) -> GivenNorm:
       strategy that has a `measure`. An update without the argument raises a ValueError.
 
     Raises:
-      ValueError: For a name that is none.
+      ValueError: For a `name` that is not the name of an argument.
 
     >>> import gradclip_jax, jax.numpy as jnp
     >>> clip = gradclip_jax.clip_to_limit(1.0, measure=gradclip_jax.given_norm("norm"))
@@ -73,6 +74,4 @@ def given_norm(name: str) -> GivenNorm:
     >>> print(updates)
     [0.3 0.4]
     """
-    if not (isinstance(name, str) and name.isidentifier()):
-        raise ValueError(f"`name` must be the name of an extra argument of `update`, got {name!r}.")
-    return GivenNorm(name)
+    return GivenNorm(check_argument_name("name", name))

@@ -195,7 +195,7 @@ def _unit_dims(axes: Axes, path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, 
         axes = axes(path, leaf)
     if axes is None:
         return tuple(range(rank - 1)) if rank > 1 else tuple(range(rank))
-    given = (axes,) if isinstance(axes, int) else tuple(axes)
+    given: tuple[Any, ...] = (axes,) if isinstance(axes, int) else tuple(axes)
     if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in given):
         raise ValueError(f"`axes` must be an int or a tuple of ints, got {axes!r}.")
     kept = [axis for axis in given if -rank <= axis < rank]
@@ -243,7 +243,7 @@ def norms_of_examples(x: jax.Array) -> jax.Array:
     second pass would make devices that hold examples agree on it, and would hold a copy.
     """
 
-    def norms(leaves):
+    def norms(leaves: Sequence[jax.Array]) -> jax.Array:
         (x,) = leaves
         squares = functools.partial(sum_of_squares, axes=tuple(range(1, x.ndim)))
         plain = squares(x)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import Threshold, check_transformation, check_whole_number
+from .._checks import Threshold, check_argument_name, check_transformation, check_whole_number
 from .._clip import Measure, in_update, measured_types
 from .._compiled import compiled
 from .._devices import AxisName, axis_names, filled_like, varying_like
@@ -167,11 +167,8 @@ def skip_spikes(
     norm and loss. We depart from all of them in giving up after `max_consecutive` skips, and in
     selecting the old state and a zero: a product with 0 would let NaN through.
     """
-    if value is not None and not (isinstance(value, str) and value.isidentifier()):
-        raise ValueError(
-            "`value` must be the name of an extra argument of `update`, or None for the norm, "
-            f"got {value!r}."
-        )
+    if value is not None:
+        check_argument_name("value", value, ", or None for the norm")
     limit = as_limit(limit)
     return _skip(inner, limit, max_consecutive, measure, axis_name, value, rescales=value is None)
 
