@@ -190,7 +190,7 @@ def _flatten(tree: Any, axis_name: AxisName) -> _Measured:
 
 def _unit_dims(axes: Axes, path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
     rank = leaf.ndim
-    strict = callable(axes)
+    is_chosen = callable(axes)  # for this very leaf
     if callable(axes):
         axes = axes(path, leaf)
     if axes is None:
@@ -198,10 +198,14 @@ def _unit_dims(axes: Axes, path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, 
     given: tuple[Any, ...] = (axes,) if isinstance(axes, int) else tuple(axes)
     if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in given):
         raise ValueError(f"`axes` must be an int or a tuple of ints, got {axes!r}.")
-    kept = [axis for axis in given if -rank <= axis < rank]
-    if strict and len(kept) < len(given):
-        raise ValueError(f"`axes` must be axes of `{path}`, which has {rank}, got {axes!r}.")
-    return tuple(sorted({axis % rank for axis in kept}))
+    missing = [axis for axis in given if not -rank <= axis < rank]
+    if is_chosen and missing:
+        where = f" (`{path}`)" if path else ""
+        raise ValueError(
+            f"`axes` names axis {missing[0]} of a leaf of rank {rank}{where}, got {axes!r}: return "
+            "axes that the leaf has, or None for all but the last."
+        )
+    return tuple(sorted({axis % rank for axis in given if axis not in missing}))
 
 
 def check_order(order: Any) -> float:

@@ -59,8 +59,10 @@ def test_unit_axes_by_int_tuple_and_callable():
 
 
 def test_unit_axes_that_may_not_be():
-    with pytest.raises(ValueError, match=r"`axes` must be axes of `b`, which has 1, got 1\."):
+    with pytest.raises(ValueError, match=r"`axes` names axis 1 of a leaf of rank 1 \(`b`\), got 1"):
         unit_norms(GRADS, axes=lambda path, leaf: 1)
+    with pytest.raises(ValueError, match=r"axis 5 of a leaf of rank 2, got \(0, 5\)"):
+        unit_norms(GRADS["w"], axes=lambda path, leaf: (0, 5))
     with pytest.raises(
         ValueError, match=r"`axes` must be an int or a tuple of ints, got \(0\.5,\)"
     ):
