@@ -285,7 +285,7 @@ def is_strategy(value: Any) -> bool:
         return False
     returned = inspect.signature(value).return_annotation
     first = _first_parameter(value)
-    return "GradientTransformation" in str(returned) and first not in ("inner", "optimizer", "clip")
+    return "GradientTransformation" in str(returned) and first not in ("optimizer", "clip")
 
 
 def _first_parameter(function: Any, without_default: bool = False) -> str | None:

@@ -45,7 +45,7 @@ def clip21(clip: optax.GradientTransformation) -> optax.GradientTransformationEx
       gradient or estimate would not be finite, the estimate stays and comes out again.
 
     Raises:
-      ValueError: For a `clip` that is no transformation.
+      ValueError: For a `clip` that is not a transformation.
 
     >>> import gradclip_jax, jax.numpy as jnp
     >>> clip = gradclip_jax.clip21(gradclip_jax.clip_by_global_norm(2.0))

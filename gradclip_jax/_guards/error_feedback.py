@@ -36,8 +36,8 @@ class ErrorFeedbackState(NamedTuple):
 @injectable("max_carry")
 def error_feedback(
     clip: optax.GradientTransformation,
-    max_carry: Threshold = None,
     *,
+    max_carry: Threshold = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Carry what a clip cuts off over to the next gradient (U-Clip).
@@ -66,7 +66,7 @@ def error_feedback(
       what the clip makes of it, is not finite leaves its carry as it was.
 
     Raises:
-      ValueError: For a `clip` that is no transformation, or a `max_carry` that may not be.
+      ValueError: For a `clip` that is not a transformation, or a `max_carry` that may not be.
 
     >>> import gradclip_jax, jax.numpy as jnp
     >>> clip = gradclip_jax.error_feedback(gradclip_jax.clip_by_global_norm(1.0))

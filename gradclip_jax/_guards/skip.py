@@ -52,7 +52,7 @@ class SkipState(NamedTuple):
 
 @injectable()
 def skip_nonfinite(
-    inner: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     *,
     max_consecutive: int = 16,
     measure: Measure = global_norm,
@@ -61,36 +61,31 @@ def skip_nonfinite(
     r"""Skip the steps of an optimizer in which a gradient is NaN or infinite.
 
     $$ (u, s) \leftarrow \begin{cases}
-         \text{inner}(g, s) & \lVert g \rVert < \infty \\
+         \text{optimizer}(g, s) & \lVert g \rVert < \infty \\
          (0, s) & \text{otherwise} \end{cases} $$
 
     Use it around the whole optimizer wherever a step may fail: in float16, with a loss that can
-    overflow, with data that are not checked. A zero gradient is no skipped step, for it still
-    moves the moments and decays the weights; here the state stays as it was, bit for bit.
+    overflow, with data that are not checked. A zero gradient still moves the moments and decays the
+    weights; in a skipped step the state stays as it was, bit for bit.
 
     Args:
-      inner: The optimizer, clips and `MultiSteps` included. Around `MultiSteps` a micro-step is
+      optimizer: The optimizer, clips and `MultiSteps` included. Around `MultiSteps` a micro-step is
         skipped as if it had never been; within it, one NaN would stay in the sum for ever.
       max_consecutive: Skips in a row after which the guard gives up, a whole number of at least 1:
         then the elements that are not finite become zero and the rest goes through, until a
-        gradient is finite again. Without it one weight whose gradient is always NaN would stop the
-        run unseen. 16 is ours: a dynamic loss scale that starts at 2^16 and halves at every skip
-        comes down to 1 first.
+        gradient is finite again. 16 is ours: a loss scale of 2^16 that halves at every skip comes
+        down to 1 first.
       measure: A norm of all gradients, one scalar: `global_norm`, or `given_norm("grad_norm")`
-        where it is known already; clips within that read the same argument get the norm of what
-        goes on to them.
+        where it is known already; clips within that read it get the norm of what goes on to them.
       axis_name: See `global_norm`. All devices skip together.
 
     Returns:
       An optimizer with a `SkipState`, which `metrics` reads. Its update takes the extra arguments
-      of `inner`. Finite gradients come through bit for bit;
-      those whose norm is beyond the largest float32 count as not finite. The first gradient that
-      is wider than its parameter (float32 and float16, say) widens the state of most optimizers,
-      skipped or not, as it does without the guard. Functions and strings among the leaves pass;
-      outside of `jit` each update of such a tree is traced anew.
+      of `optimizer`. Finite gradients come through bit for bit; a norm beyond the largest float32
+      counts as not finite.
 
     Raises:
-      ValueError: For an `inner` that is no transformation, or a `max_consecutive` below 1.
+      ValueError: For an `optimizer` that is not one, or a `max_consecutive` below 1.
 
     >>> import gradclip_jax, jax.numpy as jnp, optax
     >>> optimizer = gradclip_jax.skip_nonfinite(optax.sgd(0.1, momentum=0.9))
@@ -100,18 +95,17 @@ def skip_nonfinite(
     >>> print(updates["w"], gradclip_jax.metrics(state)["skip_count"])
     [0. 0.] 1
 
-    The skipped step of Micikevicius et al., *Mixed Precision Training*, ICLR 2018,
-    https://arxiv.org/abs/1710.03740, section 3.2. `optax.apply_if_finite` differs in that it gives
-    the NaN to the optimizer when it gives up, and in that devices of a `shard_map` decide alone.
+    Micikevicius et al., *Mixed Precision Training*, ICLR 2018, https://arxiv.org/abs/1710.03740,
+    section 3.2.
     """
-    return _skip(inner, constant(None), max_consecutive, measure, axis_name, rescales=False)
+    return _skip(optimizer, constant(None), max_consecutive, measure, axis_name, rescales=False)
 
 
 @injectable("limit")
 def skip_spikes(
-    inner: optax.GradientTransformation,
-    limit: Limit | Threshold,
+    optimizer: optax.GradientTransformation,
     *,
+    limit: Limit | Threshold,
     value: str | None = None,
     max_consecutive: int = 16,
     measure: Measure = global_norm,
@@ -120,7 +114,7 @@ def skip_spikes(
     r"""Skip the steps of an optimizer in which the norm, or the loss, is above a limit.
 
     $$ (u, s) \leftarrow \begin{cases}
-         \text{inner}(g, s) & x \le \text{limit}(x) \\
+         \text{optimizer}(g, s) & x \le \text{limit}(x) \\
          (0, s) & \text{otherwise} \end{cases}
        \qquad x = \lVert g \rVert \text{ or the loss} $$
 
@@ -129,52 +123,44 @@ def skip_spikes(
     above the one of a clip within, so that what is merely large is clipped and not lost.
 
     Args:
-      inner: The optimizer, clips and `MultiSteps` included.
+      optimizer: The optimizer, clips and `MultiSteps` included.
       limit: Any limit, on the global norm or on the value; or a threshold as in `constant`. It
         learns at every step, skipped or not, in its own way: most take a spike in as clipped.
       value: Name of the extra argument to watch in place of the norm, such as `"loss"`: then call
-        `update(updates, state, params, loss=loss)`. It must be a scalar; over the devices of a
-        `shard_map` or `pmap` its mean is taken. The limit must suit its sign.
-      max_consecutive: Skips in a row after which the guard gives up, a whole number of at least 1:
-        until a step is no spike, gradients are then rescaled to the limit instead (and elements
-        that are not finite become zero), so that no change of regime can stop a run. With `value`
-        there is no limit on the norm, and they go through as they are. 16 is ours, as in
-        `skip_nonfinite`.
+        `update(updates, state, params, loss=loss)`. It must be a scalar; the mean over the devices
+        of a `shard_map` or `pmap` is taken. The limit must suit its sign.
+      max_consecutive: As in `skip_nonfinite`. After it, gradients are rescaled to the limit until a
+        step is not a spike; with `value` there is no limit on the norm, and they go through.
       measure: As in `skip_nonfinite`.
       axis_name: See `global_norm`. All devices skip together.
 
     Returns:
-      An optimizer with a `SkipState`, which `metrics` reads. Its update takes the extra arguments
-      of `inner` (they go on to it). A norm or value that is
-      not finite is a spike and is never learned from. At the limit a step is no spike, so a
-      constant norm is none either. Gradients come through bit for bit where nothing is skipped.
+      An optimizer as that of `skip_nonfinite`. A norm or value that is not finite is a spike, and
+      no limit learns from it. A step at the limit is not a spike, nor is a constant norm.
 
     Raises:
-      ValueError: For an `inner` that is no transformation, a threshold that may not be, a `value`
-        that is no name, or a `max_consecutive` below 1; in `update`, for a missing value.
+      ValueError: For an `optimizer` that is not one, a threshold that may not be, a `value` that is
+        not a name, or a `max_consecutive` below 1; in `update`, for a missing value.
 
     >>> import gradclip_jax, jax.numpy as jnp, optax
-    >>> optimizer = gradclip_jax.skip_spikes(optax.sgd(0.1), 10.0)
+    >>> optimizer = gradclip_jax.skip_spikes(optax.sgd(0.1), limit=10.0)
     >>> params = {"w": jnp.array([1.0, 2.0])}
-    >>> state = optimizer.init(params)
-    >>> updates, state = optimizer.update({"w": jnp.array([30.0, 40.0])}, state, params)
+    >>> updates, state = optimizer.update({"w": jnp.array([30.0, 40.0])}, optimizer.init(params))
     >>> print(updates["w"], gradclip_jax.metrics(state)["grad_norm"])
     [0. 0.] 50.0
 
-    Chen et al., *The Best of Both Worlds: Combining Recent Advances in Neural Machine
-    Translation*, ACL 2018, https://arxiv.org/abs/1804.09849, aborts a step on the
-    norm; `skip_step` of OLMo and MaxText and `skip_and_clip_by_global_norm` of AXLearn do so on
-    norm and loss. We depart from all of them in giving up after `max_consecutive` skips, and in
-    selecting the old state and a zero: a product with 0 would let NaN through.
+    Chen et al., *The Best of Both Worlds*, ACL 2018, https://arxiv.org/abs/1804.09849.
     """
     if value is not None:
         check_argument_name("value", value, ", or None for the norm")
     limit = as_limit(limit)
-    return _skip(inner, limit, max_consecutive, measure, axis_name, value, rescales=value is None)
+    return _skip(
+        optimizer, limit, max_consecutive, measure, axis_name, value, rescales=value is None
+    )
 
 
 def _skip(
-    inner: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     limit: Limit,
     max_consecutive: int,
     measure: Measure,
@@ -183,16 +169,16 @@ def _skip(
     *,
     rescales: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    check_transformation("inner", inner, "an optimizer")
+    check_transformation("optimizer", optimizer, "an optimizer")
     max_consecutive = check_whole_number("max_consecutive", max_consecutive)
-    if isinstance(inner, optax.MultiSteps):  # which is none, but takes extra arguments
-        inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)
-    inner = optax.with_extra_args_support(inner)
+    if isinstance(optimizer, optax.MultiSteps):  # not a transformation, but takes extra arguments
+        optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+    optimizer = optax.with_extra_args_support(optimizer)
     # One function for each guard, so that eagerly too it is compiled once.
     given = isinstance(measure, GivenNorm)
     measured = functools.partial(global_norm if given else measure, axis_name=axis_name)
     finite_norm = compiled()(functools.partial(_finite_norm, measure=measured))
-    moved_unless = unless_skipped(inner)
+    moved_unless = unless_skipped(optimizer)
 
     def init(params: Any) -> SkipState:
         kind = measured_types(measure, params, axis_name)
@@ -207,7 +193,7 @@ def _skip(
             nonfinite_count=jnp.zeros((), jnp.int32),
             step_count=jnp.zeros((), jnp.int32),
             limit_state=limit.init(filled_like(0.0, kind)),
-            inner_state=inner.init(params),
+            inner_state=optimizer.init(params),
         )
 
     def update(updates, state, params=None, **extra_args):

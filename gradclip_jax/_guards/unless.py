@@ -17,7 +17,9 @@ from .._rescale import factors, rescale, shrink
 from .memory import merged
 
 
-def unless_skipped(inner: optax.GradientTransformationExtraArgs) -> Callable[..., tuple[Any, Any]]:
+def unless_skipped(
+    optimizer: optax.GradientTransformationExtraArgs,
+) -> Callable[..., tuple[Any, Any]]:
     """The update of an optimizer, but where a step is skipped zeros and the state as it was."""
 
     def unless(data, rest=None):
@@ -26,7 +28,7 @@ def unless_skipped(inner: optax.GradientTransformationExtraArgs) -> Callable[...
             arguments = read if rest is None else merged(read, rest)
             (updates, norm, limit), state, params, extra_args = arguments
             applied = _applied(updates, norm, limit, skipped)
-            return data_of(inner.update(applied, state, params, **extra_args))
+            return data_of(optimizer.update(applied, state, params, **extra_args))
 
         def stay() -> Any:
             zeros, kept = jax.eval_shape(move, *data)

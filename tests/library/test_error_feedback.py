@@ -1,5 +1,7 @@
 """What a clip cuts off comes back, and what is not finite never does."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,9 @@ from gradclip_jax._guards import clip21, error_feedback
 CLIP = gradclip_jax.clip_by_global_norm(1.0)
 STREAM = np.random.default_rng(0).standard_normal((300, 3)).astype(np.float32)
 STREAM[::40] *= 50
+
+
+with_a_bound = functools.partial(error_feedback, max_carry=3.0)
 
 
 def clipped(x, limit=1.0):
@@ -59,18 +64,18 @@ def test_what_comes_out_is_what_came_in_minus_the_carry():
 
 def test_the_carry_is_held_to_a_norm():
     state, updates = scanned(
-        error_feedback(CLIP, 2.0), jnp.array([[30.0, 40.0]] + [[0.0, 0.0]] * 3)
+        error_feedback(CLIP, max_carry=2.0), jnp.array([[30.0, 40.0]] + [[0.0, 0.0]] * 3)
     )
     np.testing.assert_allclose(
         updates, [[0.6, 0.8], [0.6, 0.8], [0.6, 0.8], [0.0, 0.0]], rtol=1e-6, atol=1e-6
     )
     assert float(jnp.linalg.norm(state.carry)) < 1e-6
-    _, none = scanned(error_feedback(CLIP, 0.0), jnp.asarray(STREAM[:5]))
+    _, none = scanned(error_feedback(CLIP, max_carry=0.0), jnp.asarray(STREAM[:5]))
     _, alone = scanned(CLIP, jnp.asarray(STREAM[:5]))
     np.testing.assert_array_equal(none, alone)
 
 
-@pytest.mark.parametrize("make", [error_feedback, lambda clip: error_feedback(clip, 3.0), clip21])
+@pytest.mark.parametrize("make", [error_feedback, with_a_bound, clip21])
 @pytest.mark.parametrize(
     "clip",
     [
@@ -113,7 +118,9 @@ def test_the_memory_is_float32_and_updates_keep_their_dtypes(make):
     assert state[0]["n"] is None
 
 
-@pytest.mark.parametrize("make", [error_feedback, clip21, lambda clip: error_feedback(clip, 10.0)])
+@pytest.mark.parametrize(
+    "make", [error_feedback, clip21, functools.partial(error_feedback, max_carry=10.0)]
+)
 def test_python_numbers_are_gradients_too(make):
     transformation = make(CLIP)
     state = transformation.init({"x": 3.0, "y": 1j, "n": 7})
@@ -142,7 +149,7 @@ def test_a_norm_among_the_extra_arguments_is_not_taken_for_that_of_the_sum():
     np.testing.assert_allclose(updates, [0.6, 0.8], rtol=1e-6)
 
 
-@pytest.mark.parametrize("make", [lambda clip: error_feedback(clip, 3.0), clip21])
+@pytest.mark.parametrize("make", [with_a_bound, clip21])
 def test_saved_and_restored_it_continues_bit_for_bit(make, tmp_path):
     transformation, stream = make(CLIP), jnp.asarray(STREAM[:10])
     uninterrupted, _ = scanned(transformation, stream)
@@ -159,11 +166,11 @@ def test_in_shard_map_the_memory_is_split_as_the_parameters_are(check_vma, mesh)
     axis_name = None if check_vma else "data"
     clip = gradclip_jax.clip_by_global_norm(1.0, axis_name=axis_name)
     x = jnp.arange(8.0)
-    outside = error_feedback(CLIP, 3.0)
+    outside = error_feedback(CLIP, max_carry=3.0)
     _, expected = outside.update(x, outside.init(x))
 
     def step(x):
-        feedback = error_feedback(clip, 3.0, axis_name=axis_name)
+        feedback = error_feedback(clip, max_carry=3.0, axis_name=axis_name)
         updates, state = feedback.update(x, feedback.init(x), x)
         return updates, state.carry
 
@@ -176,7 +183,7 @@ def test_in_shard_map_the_memory_is_split_as_the_parameters_are(check_vma, mesh)
 def test_the_carry_lies_where_its_parameter_does(mesh):
     sharding = NamedSharding(mesh, P("data"))
     params = jax.device_put(jnp.ones(16), sharding)
-    feedback = error_feedback(CLIP, 3.0)
+    feedback = error_feedback(CLIP, max_carry=3.0)
     state = feedback.init(params)
     assert state.carry.sharding.is_equivalent_to(sharding, 1)
     _, state = jax.jit(feedback.update)(params, state)
@@ -184,7 +191,9 @@ def test_the_carry_lies_where_its_parameter_does(mesh):
 
 
 def test_in_a_chain_metrics_find_the_clip_and_the_state_is_donated():
-    chain = optax.chain(error_feedback(CLIP, optax.linear_schedule(3.0, 1.0, 5)), optax.sgd(1.0))
+    chain = optax.chain(
+        error_feedback(CLIP, max_carry=optax.linear_schedule(3.0, 1.0, 5)), optax.sgd(1.0)
+    )
     params = jnp.array([3.0, 4.0])
     state = chain.init(params)
     step = jax.jit(chain.update, donate_argnums=1)
@@ -196,7 +205,7 @@ def test_in_a_chain_metrics_find_the_clip_and_the_state_is_donated():
 
 def test_arguments_that_may_not_be_raise():
     with pytest.raises(ValueError, match=r"`max_carry` must be non-negative, got -1\.0"):
-        error_feedback(CLIP, -1.0)
+        error_feedback(CLIP, max_carry=-1.0)
     for make in (error_feedback, clip21):
         with pytest.raises(ValueError, match=r"`clip` must be a transformation of optax, got 1\.0"):
             make(1.0)
