@@ -507,15 +507,15 @@ GUARDS = [
     Mutant(
         "skips in a row are never reset",
         "_guards/skip.py",
-        "jnp.where(bad, increment_if(state.skips_in_a_row, skipped), 0)",
+        "jnp.where(is_spike, increment_if(state.skips_in_a_row, skipped), 0)",
         "increment_if(state.skips_in_a_row, skipped)",
         ("skips",),
     ),
     Mutant(
         ">= for > in what a spike is",
         "_guards/skip.py",
-        "(watched > most)",
-        "(watched >= most)",
+        "(watched > spike_limit)",
+        "(watched >= spike_limit)",
         ("skips", "peers"),
     ),
     Mutant(

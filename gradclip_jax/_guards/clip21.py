@@ -67,7 +67,9 @@ def clip21(clip: optax.GradientTransformation) -> optax.GradientTransformationEx
     def init(params: Any) -> Clip21State:
         return Clip21State(zeros_like(params), clip.init(params))
 
-    def update(updates, state, params=None, **extra_args):
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Clip21State]:
         check_type(state, Clip21State)
         check_trees(updates, params)
         minus = jax.tree.map(jnp.negative, state.estimate)

@@ -87,16 +87,18 @@ def error_feedback(
     def init(params: Any) -> ErrorFeedbackState:
         return ErrorFeedbackState(zeros_like(params), init_threshold(limit), clip.init(params))
 
-    def update(updates, state, params=None, **extra_args):
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, ErrorFeedbackState]:
         check_type(state, ErrorFeedbackState)
         check_trees(updates, params)
         wanted = merged(added(updates, state.carry), updates)
         clipped, clip_state = clip.update(wanted, state.clip_state, params, **extra_args)
         clipped = cast_like(clipped, updates)
         carry = jax.tree.map(_rest, state.carry, wanted, clipped, is_leaf=is_none)
-        most, limit_state = read_threshold(limit, state.limit_state)
+        carry_limit, limit_state = read_threshold(limit, state.limit_state)
         if max_carry is not None:
-            carry = _held(carry, most, axis_name)
+            carry = _within_limit(carry, carry_limit, axis_name)
         return clipped, ErrorFeedbackState(carry, limit_state, clip_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -109,7 +111,7 @@ def _rest(carry: Any, wanted: Any, clipped: Any) -> Any:
     return jnp.where(jnp.isfinite(rest), rest, carry)
 
 
-def _held(carry: Any, limit: jax.Array, axis_name: AxisName) -> Any:
+def _within_limit(carry: Any, limit: jax.Array, axis_name: AxisName) -> Any:
     leaves, treedef = jax.tree.flatten(carry)
     norm = global_norm(carry, axis_name=axis_name)
     factor = factors(norm, varying_like(limit, norm), shrink)

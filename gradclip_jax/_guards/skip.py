@@ -196,34 +196,36 @@ def _skip(
             inner_state=optimizer.init(params),
         )
 
-    def update(updates, state, params=None, **extra_args):
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, SkipState]:
         check_type(state, SkipState)
         check_trees(updates, params)
         norm = in_update(measure, extra_args)(updates, axis_name=axis_name)
         watched = norm if value is None else _mean_of(value, extra_args, norm, axis_name)
-        most, limit_state = update_finite(limit, watched, state.limit_state)
+        spike_limit, limit_state = update_finite(limit, watched, state.limit_state)
         finite = jnp.isfinite(norm) & jnp.isfinite(watched)
-        bad = ~finite | (watched > most)
-        skipped = bad & (state.skips_in_a_row < max_consecutive)
+        is_spike = ~finite | (watched > spike_limit)
+        skipped = is_spike & (state.skips_in_a_row < max_consecutive)
 
-        # What the optimizer gets is clipped at every step: one at its limit is not changed by it,
-        # and what becomes of a spike matters only once the guard gives up.
-        kept_limit = varying_like(most, norm) if rescales else None
+        # The optimizer gets clipped updates at every step. That changes only a spike, and what
+        # becomes of a spike matters only once the guard gives up.
+        kept_limit = varying_like(spike_limit, norm) if rescales else None
         again = rescales or given
         kept_norm = finite_norm(data_of(updates), norm, ~finite & ~skipped) if again else norm
         if isinstance(measure, GivenNorm):
             # Clips within that were built to read it get the norm of what goes on to them.
-            at_most = jnp.inf if kept_limit is None else kept_limit
-            extra_args[measure.name] = jnp.minimum(kept_norm, at_most)
+            high = jnp.inf if kept_limit is None else kept_limit
+            extra_args[measure.name] = jnp.minimum(kept_norm, high)
         moved, inner_state = moved_unless(
             skipped, (updates, kept_norm, kept_limit), state.inner_state, params, extra_args
         )
         old = (state.grad_norm, state.skip_limit, state.skipped)
-        new = (norm, varying_like(most, norm), skipped)
+        new = (norm, varying_like(spike_limit, norm), skipped)
         return moved, SkipState(
             *overwritten(old, new),
             skip_count=increment_if(state.skip_count, skipped),
-            skips_in_a_row=jnp.where(bad, increment_if(state.skips_in_a_row, skipped), 0),
+            skips_in_a_row=jnp.where(is_spike, increment_if(state.skips_in_a_row, skipped), 0),
             nonfinite_count=increment_if(state.nonfinite_count, ~finite),
             step_count=increment_if(state.step_count, True),
             limit_state=limit_state,
@@ -244,7 +246,7 @@ def _mean_of(name: str, extra_args: Any, norm: jax.Array, axis_name: AxisName) -
         raise ValueError(f"`{name}` must be a real scalar, got {value.dtype}{list(value.shape)}.")
     value = value.astype(norm.dtype)
     mesh_axes = None if axis_name is None else tuple(sorted(set(axis_names(axis_name))))
-    # A sum of moduli is the collective that there is: one for each sign, and both at once.
+    # Collectives belong to norms: the norm of order 1 sums positive and negative values apart.
     signs = (jnp.maximum(value, 0), jnp.maximum(-value, 0))
     above, below = leaf_norms(signs, order=1, axis_name=mesh_axes)
     return (above - below) / leaf_sizes(value, axis_name=mesh_axes)

@@ -22,7 +22,7 @@ def unless_skipped(
 ) -> Callable[..., tuple[Any, Any]]:
     """The update of an optimizer, but where a step is skipped zeros and the state as it was."""
 
-    def unless(data, rest=None):
+    def unless(data: Any, rest: Any = None) -> Any:
         @compiled()  # three uses, one trace
         def move(skipped: jax.Array, *read: Any) -> Any:
             arguments = read if rest is None else merged(read, rest)
@@ -36,7 +36,7 @@ def unless_skipped(
             return jax.tree.map(_zeros, zeros, updates), jax.tree.map(_as_kind, state, kept)
 
         def by_branch() -> Any:
-            # The other way round XLA copies the state.
+            # The step is the first branch: with the two swapped XLA copies the state.
             return jax.lax.cond(~skipped, lambda: move(*data), stay)
 
         def by_select() -> Any:
@@ -51,9 +51,9 @@ def unless_skipped(
 
     of_data = compiled()(unless)
 
-    def run(*arguments):
-        # A function or a string, in a model or of a line search, is no argument of what is
-        # compiled, nor a result of it.
+    def run(*arguments: Any) -> tuple[Any, Any]:
+        # A function or a string (in a model, or of a line search) is neither an argument nor a
+        # result of a compiled program.
         data = data_of(arguments)
         rest = jax.tree.map(lambda x: None if _is_data(x) else x, arguments[1:])
         if jax.tree.leaves(rest):
@@ -86,7 +86,7 @@ def _select(skipped: jax.Array, old: Any, new: Any) -> Any:
 
 
 def data_of(tree: Any) -> Any:
-    """The tree with None for each leaf that is no data."""
+    """The tree with None for each leaf that is not data."""
     return jax.tree.map(lambda x: x if _is_data(x) else None, tree)
 
 

@@ -43,7 +43,9 @@ def zero_nonfinite(*, axis_name: AxisName = None) -> optax.GradientTransformatio
         del params
         return NonfiniteState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
-    def update(updates, state, params=None, **extra_args):
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, NonfiniteState]:
         del params, extra_args
         flags = jax.tree.map(
             lambda x: reduced_in_place(_any_nonfinite, jnp.asarray(x)) if is_gradient(x) else None,
