@@ -134,7 +134,7 @@ def ratio(norm: jax.Array, limit: jax.Array) -> jax.Array:
 
 
 def check_response(response: Response) -> None:
-    """Raise for what is no function of norm and limit, such as a name or a measure."""
+    """Raise for what is not a function of norm and limit, such as a name or a measure."""
     if not callable(response) or not takes(response, 1.0, 1.0):
         raise ValueError(
             "`response` must be a function of norm and limit, such as "

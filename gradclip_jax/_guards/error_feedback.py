@@ -23,7 +23,7 @@ class ErrorFeedbackState(NamedTuple):
 
     Attributes:
       carry: What the clip has cut off so far and not given back, in at least float32; None for
-        leaves that are no gradients.
+        leaves that are not gradients.
       limit_state: State of the limit on the carry.
       clip_state: State of the clip.
     """
