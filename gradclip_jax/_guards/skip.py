@@ -14,7 +14,7 @@ from .._compiled import compiled
 from .._devices import AxisName, axis_names, filled_like, varying_like
 from .._export import exportable
 from .._given import GivenNorm
-from .._inject import named_strategy
+from .._inject import injectable
 from .._limits import Limit, as_limit, constant, update_finite
 from .._norms import global_norm, leaf_norms, leaf_sizes
 from .._state import check_trees, check_type, increment_if, overwritten
