@@ -17,6 +17,7 @@ from ._leaves import (
     stacked_scalars,
 )
 from ._limits import Limit, Limits, each
+from ._measures import gives_norms
 from ._norms import global_norm
 from ._platforms import elementwise
 from ._rescale import (
@@ -69,7 +70,9 @@ def clip_to_limit(
       measure: `global_norm`, `leaf_norms`, `unit_norms`, `group_norms` (its labels bound by
         `functools.partial`), `given_norm("grad_norm")` for a norm that is known already, or a
         function `(updates, *, axis_name) -> norms` with norms in a prefix pytree of the updates.
-        One with an argument `extra_args` gets those of the update, and None at `init`.
+        One with an argument `extra_args` gets those of the update, and None at `init`. What a
+        function of your own gives, or an `order` other than 2, is `clip_measure` in the metrics,
+        not `grad_norm`.
       response: `shrink`, `normalize`, `smooth`, `smooth_sqrt`, `smooth_tanh`, `drop`, or a
         function `(norm, limit) -> factor`.
       axis_name: Handed to the measure; see `global_norm`.
@@ -149,19 +152,19 @@ def clip_norms(
     _check_measure(measure)
     check_response(response)
     check_on_nonfinite(on_nonfinite)
+    are_norms = gives_norms(measure)
 
     def init(params: Params) -> ClipState:
         norms = measured_types(measure, params, axis_name)
-        return initial_state(
-            norms, limits.init(jax.tree.map(functools.partial(filled_like, 0.0), norms))
-        )
+        zeros = jax.tree.map(functools.partial(filled_like, 0.0), norms)
+        return initial_state(norms, limits.init(zeros), are_norms=are_norms)
 
     def update(
         updates: Updates, state: ClipState, params: Params = None, **extra_args: Any
     ) -> tuple[Updates, ClipState]:
         check_trees(updates, params)
         norms = in_update(measure, extra_args)(updates, axis_name=axis_name)
-        check_norms(norms, state)
+        check_norms(norms, state, are_norms=are_norms)
         of_norms, limit_state = limits.update(norms, state.limit_state, updates, params)
         return apply_limits(
             updates, norms, of_norms, state, limit_state, response, on_nonfinite, axis_name

@@ -12,7 +12,7 @@ from ._devices import AxisName, axis_size, smallest_over_devices, split_along, s
 from ._guards import SkipState
 from ._leaves import path_name, stacked_scalars
 from ._norms import global_norm
-from ._state import ClipState, NonfiniteState
+from ._state import ClipState, NonfiniteState, measured
 
 
 def metrics(
@@ -36,7 +36,8 @@ def metrics(
 
       | key | what |
       |---|---|
-      | `grad_norm` | norm before the clip; of several groups, the norm of all of them |
+      | `grad_norm` | 2-norm before the clip; of several groups, the norm of all of them |
+      | `clip_measure` | what a clip measured that measures no 2-norms; of several, the largest |
       | `clip_limit` | the limit; of several groups, the smallest |
       | `clip_factor` | the factor the updates were multiplied by; of several groups, the smallest |
       | `clipped` | 1 if the norm was above the limit, else 0; of several groups, the fraction |
@@ -104,34 +105,34 @@ def metrics(
 
 
 def _of_clip(state: ClipState, per_group: bool, axis_name: AxisName) -> dict[str, jax.Array]:
-    norms = jax.tree.leaves(state.grad_norm)
+    kind = "grad_norm" if state.clip_measure is None else "clip_measure"
+    of_clip = measured(state)
+    norms = jax.tree.leaves(of_clip)
     limits = jax.tree.leaves(state.clip_limit)
     factors = jax.tree.leaves(state.clip_factor)
-    axes = split_along(state.grad_norm, axis_name)
+    axes = split_along(of_clip, axis_name)
     values = {
-        **_named(_of_groups(norms, limits, factors, axes=axes)),
+        **_named(kind, _of_groups(norms, limits, factors, axes=axes, kind=kind)),
         "clip_count": _only_array(state.clip_count),
         "nonfinite_count": _only_array(state.nonfinite_count),
         "step_count": _only_array(state.step_count),
     }
     if per_group and len(norms) > 1:
-        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.grad_norm)]
-        for path, of_group in zip(
-            paths, _of_each_group(norms, limits, factors, axes=axes), strict=True
-        ):
-            named = _named(of_group[:3])
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(of_clip)]
+        of_groups = _of_each_group(norms, limits, factors, axes=axes, kind=kind)
+        for path, of_group in zip(paths, of_groups, strict=True):
+            named = _named(kind, of_group[:3])
             values |= {f"{key}/{path_name(path)}": value for key, value in named.items()}
     return values
 
 
-def _named(values: Sequence[jax.Array]) -> dict[str, jax.Array]:
-    names = ("grad_norm", "clip_limit", "clip_factor", "clipped")
-    return dict(zip(names, values, strict=False))
+def _named(kind: str, values: Sequence[jax.Array]) -> dict[str, jax.Array]:
+    return dict(zip((kind, "clip_limit", "clip_factor", "clipped"), values, strict=False))
 
 
 # Called eagerly these are one cached program for each number of groups.
-@functools.partial(jax.jit, static_argnames="axes", inline=True)
-def _of_groups(norms, limits, factors, *, axes):
+@functools.partial(jax.jit, static_argnames=("axes", "kind"), inline=True)
+def _of_groups(norms, limits, factors, *, axes, kind):
     over = frozenset().union(*axes)
     counted = [(jnp.zeros((), jnp.int32), 0)]
     for names in dict.fromkeys(axes):
@@ -145,18 +146,22 @@ def _of_groups(norms, limits, factors, *, axes):
         groups = sum(norms[i].size for i in here) * axis_size(names)
         counted.append((sum_over_devices(sum(above), names), groups))
     above, groups = map(sum, zip(*counted, strict=True))
+    joint = _joint_norm if kind == "grad_norm" else _largest
     return (
-        _joint_norm(norms, axes),
+        joint(norms, axes),
         smallest_over_devices(_smallest(limits, jnp.inf), over),
         smallest_over_devices(_smallest(factors, 1.0), over),
         jnp.asarray(above, jnp.float32) / max(groups, 1),
     )
 
 
-@functools.partial(jax.jit, static_argnames="axes", inline=True)
-def _of_each_group(norms, limits, factors, *, axes):
+@functools.partial(jax.jit, static_argnames=("axes", "kind"), inline=True)
+def _of_each_group(norms, limits, factors, *, axes, kind):
     groups = zip(norms, limits, factors, axes, strict=True)
-    return [_of_groups([norm], [limit], [factor], axes=(a,)) for norm, limit, factor, a in groups]
+    return [
+        _of_groups([norm], [limit], [factor], axes=(names,), kind=kind)
+        for norm, limit, factor, names in groups
+    ]
 
 
 def _found(opt_state: Any) -> list[Any]:
@@ -184,7 +189,7 @@ def _from_dict(fields: Mapping[Any, Any]) -> Any:
     """
     for kind in (ClipState, SkipState, NonfiniteState):
         counters = {name for name in kind._fields if not name.endswith("_state")}
-        known = counters - {"grad_norm", "clip_limit", "clip_factor"}
+        known = counters - {"grad_norm", "clip_measure", "clip_limit", "clip_factor"}
         if known <= set(fields) <= set(kind._fields):
             empty: dict[str, Any] = dict.fromkeys(kind._fields)
             return kind(**{**empty, **fields})
@@ -217,6 +222,13 @@ def _joint_norm(norms: list[jax.Array], axes: tuple[tuple[str, ...], ...]) -> ja
     if not any(axes):
         return global_norm(stacked_scalars(norms), axis_name=())
     return global_norm(norms, axis_name=[PartitionSpec(names or None) for names in axes])
+
+
+def _largest(values: list[jax.Array], axes: tuple[tuple[str, ...], ...]) -> jax.Array:
+    if len(values) == 1 and values[0].ndim == 0:
+        return values[0]
+    over = frozenset[str]().union(*axes)
+    return 0 - smallest_over_devices(_smallest([-value for value in values], 0.0), over)
 
 
 def _smallest(values: list[jax.Array], default: float) -> jax.Array:

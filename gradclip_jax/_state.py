@@ -22,17 +22,20 @@ class ClipState(NamedTuple):
     """What a clip saw and did in its last update, and how often; `metrics` reads it.
 
     Attributes:
-      grad_norm: Norms before the clip, float32 (float64 under x64); a scalar, or one for each
-        group. They may be NaN or infinite.
-      clip_limit: The limits they were held to, in the same shape.
-      clip_factor: The factors by which the updates were multiplied, in the same shape.
-      clip_count: Number of updates in which a norm was above its limit, int32.
-      nonfinite_count: Number of updates in which a norm was not finite, int32.
+      grad_norm: 2-norms before the clip, float32 (float64 under x64); a scalar, or one for each
+        group. They may be NaN or infinite. None for a clip that measures something else.
+      clip_measure: What such a clip measured, in the same shapes: a largest modulus, a norm of
+        another order, a dual norm, a ratio, singular values. None for a clip that measures norms.
+      clip_limit: The limits on what was measured, in the same shapes.
+      clip_factor: The factors by which the updates were multiplied, in the same shapes.
+      clip_count: Number of updates in which what was measured was above its limit, int32.
+      nonfinite_count: Number of updates in which it was not finite, int32.
       step_count: Number of updates, int32.
       limit_state: State of the limit.
     """
 
     grad_norm: Any
+    clip_measure: Any
     clip_limit: Any
     clip_factor: Any
     clip_count: jax.Array
@@ -54,15 +57,21 @@ class NonfiniteState(NamedTuple):
     step_count: jax.Array
 
 
-def initial_state(norms: Norms, limit_state: Any) -> ClipState:
-    """The state before the first update, for norms of these shapes and types."""
+def measured(state: ClipState) -> Any:
+    """What the clip measured in its last update: norms, or its other measure."""
+    return state.grad_norm if state.clip_measure is None else state.clip_measure
+
+
+def initial_state(norms: Norms, limit_state: Any, *, are_norms: bool = True) -> ClipState:
+    """The state before the first update, for norms, or another measure, of these types."""
 
     def full(number: float) -> Any:
         return jax.tree.map(functools.partial(filled_like, number), plain_norms(norms))
 
     # Each entry is an array of its own: a state with one array twice cannot be donated.
     return ClipState(
-        grad_norm=full(0.0),
+        grad_norm=full(0.0) if are_norms else None,
+        clip_measure=None if are_norms else full(0.0),
         clip_limit=full(0.0),
         clip_factor=full(1.0),
         clip_count=jnp.zeros((), jnp.int32),
@@ -74,7 +83,7 @@ def initial_state(norms: Norms, limit_state: Any) -> ClipState:
 
 def next_state(
     state: ClipState,
-    grad_norm: Any,
+    norms: Any,
     clip_limit: Any,
     clip_factor: Any,
     *,
@@ -83,12 +92,15 @@ def next_state(
     limit_state: Any,
 ) -> ClipState:
     """The next state, its counters advanced by two flags."""
-    *seen, limit_state = overwritten(
-        (state.grad_norm, state.clip_limit, state.clip_factor, state.limit_state),
-        (grad_norm, clip_limit, clip_factor, limit_state),
+    norms, clip_limit, clip_factor, limit_state = overwritten(
+        (measured(state), state.clip_limit, state.clip_factor, state.limit_state),
+        (norms, clip_limit, clip_factor, limit_state),
     )
     return ClipState(
-        *seen,
+        grad_norm=norms if state.clip_measure is None else None,
+        clip_measure=None if state.clip_measure is None else norms,
+        clip_limit=clip_limit,
+        clip_factor=clip_factor,
         clip_count=increment_if(state.clip_count, clipped),
         nonfinite_count=increment_if(state.nonfinite_count, nonfinite),
         step_count=increment_if(state.step_count, True),
@@ -169,7 +181,7 @@ def transformation(
             if memory is not None and isinstance(state, ClipState):
                 # A limit is made for the norms of its own clip, not for those of any other.
                 with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-                    limit_state = jax.eval_shape(memory, state.grad_norm)
+                    limit_state = jax.eval_shape(memory, measured(state))
                     fresh = state._replace(limit_state=limit_state)
             if fresh is None:
                 fresh = jax.eval_shape(lambda: init(updates))
@@ -185,7 +197,7 @@ def transformation(
 def _raise_for_state(state: Any, fresh: Any) -> None:
     check_type(state, type(fresh))
     if isinstance(fresh, ClipState):
-        check_norms(fresh.grad_norm, state)
+        check_norms(measured(fresh), state, are_norms=fresh.clip_measure is None)
     raise ValueError(
         "`updates` must have the structure of the params given to `init`, and `state` come from "
         f"this clip: it is {_kind(state)}, not {_kind(fresh)}. Call `init(params)`, or "
@@ -211,15 +223,18 @@ def _kind(state: Any) -> Any:
     return treedef, [(array.ndim, array.dtype.kind) for array in arrays]
 
 
-def check_norms(norms: Norms, state: ClipState) -> None:
-    """Raise when norms are not those of the state, made by `init`."""
-    measured, known = _ranks(plain_norms(norms)), _ranks(state.grad_norm)
-    if measured != known:
-        raise ValueError(
-            "`updates` must have the structure of the params given to `init`, and `state` come "
-            f"from this clip: their norms are {measured[0]} with ranks {measured[1]}, the state "
-            f"has {known[0]} with ranks {known[1]}."
-        )
+def check_norms(norms: Norms, state: ClipState, *, are_norms: bool = True) -> None:
+    """Raise when norms (or another measure) are not those of the state, made by `init`."""
+    of_updates = {"grad_norm": norms if are_norms else None}
+    of_updates["clip_measure"] = None if are_norms else norms
+    for field, norms in of_updates.items():
+        here, known = _ranks(plain_norms(norms)), _ranks(getattr(state, field))
+        if here != known:
+            raise ValueError(
+                "`updates` must have the structure of the params given to `init`, and `state` come "
+                f"from this clip: their norms are {here[0]} with ranks {here[1]}, the state has "
+                f"{known[0]} with ranks {known[1]} (`{field}`)."
+            )
 
 
 def _ranks(norms: Any) -> tuple[Any, list[int]]:

@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from .._checks import check_number, check_threshold
 from .._rescale import OnNonfinite, Response, shrink
-from .._state import ClipState
+from .._state import ClipState, measured
 from .._strategies.clip_by_global_norm import clip_by_global_norm
 from .._strategies.clip_by_norm import clip_by_norm
 from .._strategies.clip_by_value import clip_by_value
@@ -53,8 +53,9 @@ def from_torch(
 
     Returns:
       A transformation with a `ClipState`; what PyTorch returns is `grad_norm` in
-      `metrics(opt_state)`. Norms whose squares overflow are right here and infinite there, and of
-      half-precision gradients norm and factor are float32 here and half precision there.
+      `metrics(opt_state)`, or `clip_measure` where `norm_type` is not 2. Norms whose squares
+      overflow are right here and infinite there, and of half-precision gradients norm and factor
+      are float32 here and half precision there.
 
     Raises:
       ValueError: For a threshold, an order or an epsilon that may not be.
@@ -259,7 +260,7 @@ def _or_raise(
     ) -> tuple[Updates, ClipState]:
         held = clip.update(updates, state, params, **extra_args)
         updates, state = cast(tuple[Any, ClipState], held)
-        norm = state.grad_norm
+        norm = measured(state)
         if isinstance(norm, Tracer):
             # A debug callback, because nothing waits for its result: a pure one that raises leaves
             # other devices waiting for ever. In a branch, because the host is slow.

@@ -186,7 +186,8 @@ class Monitor:
         | `nonfinite_loss` | losses in the window that were NaN or infinite |
 
         All others are float64, NaN where not given. Norms and losses that are NaN or infinite are
-        counted and left out; the entry of a record with no others is NaN.
+        counted and left out; the entry of a record with no others is NaN. Where a clip measures
+        no norms, `clip_measure` stands for the norm.
         """
         with self._lock:
             self.flush()

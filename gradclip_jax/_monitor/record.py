@@ -9,8 +9,8 @@ import numpy as np
 from .fetch import Fetch
 
 KNOWN = (
-    "grad_norm", "clip_limit", "clip_factor", "clipped", "clip_count", "nonfinite_count",
-    "step_count", "loss", "update_norm",
+    "grad_norm", "clip_measure", "clip_limit", "clip_factor", "clipped", "clip_count",
+    "nonfinite_count", "step_count", "loss", "update_norm",
 )  # fmt: skip
 """The numbers that the history and the conditions read."""
 

@@ -79,7 +79,9 @@ def new_row(values: dict[str, np.ndarray], size: int, last: Row | None) -> Row:
     """The row of a window of `size` steps that follows the row `last`."""
     steps = _numbered(values["step"], size, last)
     values = {key: value for key, value in values.items() if key != "step"}
-    norms, losses = (values.get(key, EMPTY).tolist() for key in ("grad_norm", "loss"))
+    measured = values.get("clip_measure", values.get("grad_norm"))
+    norms = values.get("grad_norm", EMPTY if measured is None else measured).tolist()
+    losses = values.get("loss", EMPTY).tolist()
     leaves = {
         key.partition("/")[2]: _largest_or_inf(value.tolist())
         for key, value in values.items()
@@ -87,7 +89,7 @@ def new_row(values: dict[str, np.ndarray], size: int, last: Row | None) -> Row:
     }
     share = values.get("clipped")
     if share is None and "clip_limit" in values:
-        share = values["clip_limit"] < values.get("grad_norm", NAN)
+        share = values["clip_limit"] < (NAN if measured is None else measured)
     clipped = math.nan if share is None else float(np.mean(share))
     clipped_so_far, judged_so_far = (last.clipped_so_far, last.judged_so_far) if last else (0.0, 0)
     if not math.isnan(clipped):

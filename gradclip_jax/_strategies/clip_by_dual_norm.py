@@ -71,7 +71,7 @@ def clip_by_dual_norm(
       on_nonfinite: See `clip_to_limit`. The arrays share one length, so they are one group.
 
     Returns:
-      A transformation with a `ClipState`: its `grad_norm` is the dual norm, the sum over all
+      A transformation with a `ClipState`: its `clip_measure` is the dual norm, the sum over all
       arrays; its `clip_factor` is min(1, max_norm / dual norm), by which the step is shorter than
       one in proportion would be. It enlarges small gradients: it is a normaliser. Zero stays zero,
       and singular values that are zero up to rounding add nothing.
@@ -84,7 +84,7 @@ def clip_by_dual_norm(
     >>> clip = gradclip_jax.clip_by_dual_norm(22.0)
     >>> grads = {"b": jnp.array([3.0, -4.0]), "w": jnp.array([[3.0, 0.0], [0.0, 1.0]])}
     >>> updates, state = clip.update(grads, clip.init(grads))
-    >>> print(updates["b"], gradclip_jax.metrics(state)["grad_norm"])
+    >>> print(updates["b"], gradclip_jax.metrics(state)["clip_measure"])
     [ 0.5 -0.5] 11.0
 
     Pethick, Xie, Erdogan, Antonakopoulos, Silveti-Falls, Cevher, *Generalized Gradient Norm
@@ -100,7 +100,7 @@ def clip_by_dual_norm(
 
     def init(params: Params) -> ClipState:
         norm = measured_types(functools.partial(global_norm, order=1), params, axis_name)
-        return initial_state(norm, init_threshold(limit))
+        return initial_state(norm, init_threshold(limit), are_norms=False)
 
     def update(
         updates: Updates, state: ClipState, params: Params = None, **extra_args: Any
@@ -123,7 +123,7 @@ def clip_by_dual_norm(
             of_order = tree.unflatten(_only(parts, alike))
             norms = jax.tree.leaves(leaf_norms(of_order, order=order, axis_name=axis_name))
             duals.update(zip(alike, norms, strict=True))
-        norm = sum(duals.values(), jnp.zeros_like(state.grad_norm))
+        norm = sum(duals.values(), jnp.zeros_like(state.clip_measure))
         finite, below = jnp.isfinite(norm), norm < most
         length = jnp.where(below, norm, 1) / jnp.where(below, most, 1)
         for i, point in points.items():

@@ -33,7 +33,8 @@ def clip_by_global_norm(
       max_norm: Largest norm that passes, non-negative; 1.0 is usual for Transformers, 0.25 to 10
         for recurrent networks. 0 gives zeros; `inf` or None clips nothing and still measures.
         May be a schedule of the number of updates.
-      order: Order p of the norm, at least 1; `inf` for the largest modulus.
+      order: Order p of the norm, at least 1; `inf` for the largest modulus. A norm of another
+        order than 2 is the `clip_measure` of the metrics.
       response: `shrink`, or one of the smooth responses.
       axis_name: See `global_norm`.
       on_nonfinite: See `clip_to_limit`.

@@ -132,7 +132,8 @@ def _between(
 
     def init(params: Params) -> ClipState:
         norm = measured_types(functools.partial(global_norm, order=jnp.inf), params, axis_name)
-        return initial_state(norm, (init_threshold(down), init_threshold(up)))
+        limit_state = (init_threshold(down), init_threshold(up))
+        return initial_state(norm, limit_state, are_norms=False)
 
     def update(
         updates: Updates, state: ClipState, params: Params = None, **extra_args: Any

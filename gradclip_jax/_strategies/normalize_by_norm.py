@@ -32,7 +32,7 @@ def normalize_by_norm(
     Args:
       max_norm: The norm that every gradient gets, non-negative. 0 gives zeros; `inf` or None
         changes nothing and still measures.
-      order: Order p of the norm, at least 1.
+      order: Order p of the norm, at least 1; see `clip_by_global_norm`.
       axis_name: See `global_norm`.
       on_nonfinite: See `clip_to_limit`.
 

@@ -55,12 +55,12 @@ def spam_clip(
       warmup_steps: Number of updates at the start that all pass; 19, for the authors' code clips
         from update 20 on. v starts at zero and is not corrected for it, so an element may be 10
         times its root mean square in update 20, 44 times in update 500.
-      axis_name: See `global_norm`; the clip needs no other device, but the norm in the state does.
+      axis_name: See `global_norm`; the clip needs no other device, but what it measures does.
       on_nonfinite: `"zero"` makes each element that is NaN or infinite zero; `"propagate"`, NaN.
         Either way it does not enter v.
 
     Returns:
-      A transformation with a `ClipState`. Its `grad_norm` is the largest of the ratios of an
+      A transformation with a `ClipState`. Its `clip_measure` is the largest of the ratios of an
       element to its root mean square, its `clip_limit` the root of Θ (`inf` during the warm-up),
       its `clip_factor` that of the element that went furthest beyond.
 
@@ -98,7 +98,7 @@ def spam_clip(
         gradients = jax.tree.map(lambda x: x if is_gradient(x) else None, params)
         kinds = jax.eval_shape(lambda tree: jax.tree.map(_modulus, tree), gradients)
         rms = jax.tree.map(_zeros_of, kinds, gradients)
-        return initial_state(norm, (init_threshold(square), rms))
+        return initial_state(norm, (init_threshold(square), rms), are_norms=False)
 
     def update(
         updates: Updates, state: ClipState, params: Params = None, **extra_args: Any

@@ -76,7 +76,7 @@ def spectral_clip(
       on_nonfinite: See `clip_to_limit`; a matrix with a NaN becomes zero, the others pass.
 
     Returns:
-      A transformation with a `ClipState` of one norm for each matrix.
+      A transformation with a `ClipState` of one `clip_measure` for each matrix.
 
       The last two axes of an array are those of a matrix and all before them are a stack of
       matrices, as layers stacked by `scan` and heads are; so is each tap of a convolution
@@ -149,9 +149,9 @@ def soft_spectral_clip(
       on_nonfinite: See `clip_to_limit`; a matrix with a NaN becomes zero, the others pass.
 
     Returns:
-      A transformation with a `ClipState` of one norm for each matrix: the bound of the largest
-      singular value that the iteration starts from, the smaller of two of its Gram matrix (its
-      largest sum of a row and its Frobenius norm, rooted). `clip_factor` is that of this bound.
+      A transformation with a `ClipState` of one `clip_measure` for each matrix: the bound of the
+      largest singular value that the iteration starts from, the smaller of two of its Gram matrix
+      (its largest sum of a row and its Frobenius norm, rooted). `clip_factor` belongs to it.
       Matrices and vectors as in `spectral_clip`.
 
       Computed in at least float32, and to within 0.3 % of c. Where that bound is above about 500 c
@@ -204,7 +204,7 @@ def _of_matrices(
 
     def init(params):
         norms = measured_types(matrix_norms, params, axis_name)
-        return initial_state(norms, init_threshold(limit))
+        return initial_state(norms, init_threshold(limit), are_norms=False)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -212,7 +212,7 @@ def _of_matrices(
         check_whole_matrices(updates, axis_name)
         value, limit_state = read_threshold(limit, state.limit_state)
         norms = matrix_norms(updates, axis_name=axis_name)
-        check_norms(norms, state)
+        check_norms(norms, state, are_norms=False)
         leaves, tree = jax.tree.flatten(updates)
         held = [i for i, norm in enumerate(tree.flatten_up_to(norms)) if norm is not None]
         changed, *of_norms, flags = _held(

@@ -67,9 +67,10 @@ class Strategy:
     def joint_norm(self, tree: Tree) -> float:
         """The norm of a whole tree below its limits, as `metrics` has it, in float64."""
         of_group = [np.linalg.norm(wide(vector), self.order) for vector in self.vectors(tree)]
-        # A clip of elements measures the largest, and one of matrices bounds singular values by
-        # the Frobenius norm as long as that is below the limit.
-        return float(np.linalg.norm(of_group, np.inf if self.groups is elements else 2))
+        # A clip of elements measures the largest. One of matrices bounds singular values by the
+        # Frobenius norm as long as that is below the limit, and the largest of these is told.
+        largest = self.groups is elements or self.of_matrices
+        return float(np.linalg.norm(of_group, np.inf if largest else 2))
 
     def limits(self, threshold: float, tree: Tree, params: Tree) -> list[float]:
         """The limit of each group."""
@@ -423,6 +424,12 @@ def seen(state: Any) -> dict[str, jax.Array]:
     if LIBRARY == "optax":
         pytest.skip("optax keeps no norm")
     return gradclip_jax.metrics(state)
+
+
+def measured(metrics: Mapping[str, jax.Array]) -> float:
+    """The norm before the clip, or what else a clip measured."""
+    (value,) = (metrics[key] for key in ("grad_norm", "clip_measure") if key in metrics)
+    return float(value)
 
 
 def public_modules() -> dict[str, ModuleType]:

@@ -88,7 +88,7 @@ def test_a_measure_of_the_user_with_a_prefix_of_the_updates():
     np.testing.assert_allclose(result["encoder"]["w"], [0.6], rtol=1e-6)
     np.testing.assert_allclose(result["encoder"]["b"], [0.8], rtol=1e-6)
     np.testing.assert_array_equal(result["head"], [0.5])
-    assert set(state.grad_norm) == {"encoder", "head"}
+    assert set(state.clip_measure) == {"encoder", "head"}
 
 
 def test_a_measure_whose_norms_are_no_prefix_raises():
@@ -176,6 +176,22 @@ def test_updates_of_another_structure_than_at_init_raise():
         clip.update({"w": GRADS["w"]}, state)
 
 
+@pytest.mark.parametrize(
+    "clips",
+    [
+        (gradclip_jax.clip_by_global_norm(1.0), gradclip_jax.clip_by_global_norm(1.0, order=1)),
+        (gradclip_jax.clip_by_global_norm(1.0, order=1), gradclip_jax.clip_by_global_norm(1.0)),
+        (gradclip_jax.clip_by_value(1.0), gradclip_jax.clip_by_global_norm(1.0)),
+        (gradclip_jax.clip_by_norm(1.0), gradclip_jax.spectral_clip(1.0)),
+    ],
+)
+def test_a_state_with_another_measure_than_that_of_the_clip_raises(clips):
+    """It would call a largest modulus a norm, or the other way round."""
+    first, second = clips
+    with pytest.raises(ValueError, match="`state` come from this clip"):
+        second.update(GRADS, first.init(GRADS))
+
+
 def test_updates_may_lack_leaves_that_the_params_have():
     """None for a parameter that is frozen is no other structure."""
     clip = gradclip_jax.clip_by_global_norm(1.0)
@@ -227,7 +243,7 @@ def test_state_is_readable_by_its_field_names():
     optimizer = optax.chain(gradclip_jax.clip_by_global_norm(1.0), optax.sgd(1.0))
     _, state = optimizer.update(GRADS, optimizer.init(GRADS))
     assert float(optax.tree.get(state, "grad_norm")) == 85.0
-    assert ClipState._fields[:3] == ("grad_norm", "clip_limit", "clip_factor")
+    assert ClipState._fields[:4] == ("grad_norm", "clip_measure", "clip_limit", "clip_factor")
 
 
 def test_help_shows_the_defaults_that_injection_must_not_see():

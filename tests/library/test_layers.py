@@ -19,7 +19,7 @@ LAYERS = [
     {"_platforms"},
     {"_norms", "_limits"},
     {"_given", "_matrices", "_rescale"},
-    {"_state", "_inject", "_polynomials"},
+    {"_state", "_inject", "_measures", "_polynomials"},
     {"_clip", "_balls"},
     {"_guards", "_backward", "_per_example", "_strategies"},
     {"_metrics", "_upgrade"},

@@ -1,5 +1,7 @@
 """Reading clips out of any optimizer state."""
 
+import functools
+
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -43,6 +45,99 @@ def test_keys_and_values_of_a_global_clip():
         "clip_count": 2, "nonfinite_count": 0, "step_count": 3,
     }  # fmt: skip
     assert all(np.shape(value) == () for value in seen.values())
+
+
+def infinity_norm(updates, *, axis_name):
+    """A measure of a user."""
+    return gradclip_jax.global_norm(updates, order=np.inf, axis_name=axis_name)
+
+
+NORMS = {
+    "global": lambda: gradclip_jax.clip_by_global_norm(17.0),
+    "order 2.0": lambda: gradclip_jax.clip_by_global_norm(17.0, order=2.0),
+    "arrays": lambda: gradclip_jax.clip_by_norm(17.0),
+    "units": lambda: gradclip_jax.clip_by_unit_norm(17.0),
+    "groups": lambda: gradclip_jax.clip_by_group_norm(17.0, labels={"encoder": 0, "head": 1}),
+    "root mean squares": lambda: gradclip_jax.clip_by_block_rms(17.0),
+    "adagc": gradclip_jax.adagc,
+    "adaptive_grad_clip": gradclip_jax.adaptive_grad_clip,
+}
+# The largest modulus is 84, the sum of moduli 103, the largest singular value of w 12.87.
+MEASURES = {
+    "value": (lambda: gradclip_jax.clip_by_value(21.0), 84),
+    "range": (lambda: gradclip_jax.clip_by_range(-1.0, upper=21.0), 84),
+    "order inf": (lambda: gradclip_jax.clip_by_global_norm(21.0, order=np.inf), 84),
+    "order 1": (lambda: gradclip_jax.normalize_by_norm(21.0, order=1), 103),
+    "arrays, order 1": (
+        lambda: gradclip_jax.clip_to_limit(
+            21.0, measure=functools.partial(gradclip_jax.leaf_norms, order=1)
+        ),
+        84,  # of 19 and 84 the largest
+    ),
+    "of a user": (lambda: gradclip_jax.clip_to_limit(21.0, measure=infinity_norm), 84),
+    "spectral": (lambda: gradclip_jax.spectral_clip(21.0), 84),
+    "dual": (
+        lambda: gradclip_jax.clip_by_dual_norm(21.0, ball=gradclip_jax.balls.sign),
+        103,
+    ),
+    "ratio": (gradclip_jax.spam_clip, 0),  # to what came before: nothing yet
+}
+
+
+@pytest.mark.parametrize("make", NORMS.values(), ids=NORMS)
+def test_what_is_a_norm_or_follows_from_norms_is_grad_norm(make):
+    state = after(make(), GRADS)
+    assert state.clip_measure is None
+    seen = metrics(state)
+    assert "clip_measure" not in seen
+    assert float(seen["grad_norm"]) == pytest.approx(85, rel=1e-6)
+
+
+@pytest.mark.parametrize(("make", "expected"), MEASURES.values(), ids=MEASURES)
+def test_what_is_another_measure_is_clip_measure_and_of_several_the_largest(make, expected):
+    state = after(make(), GRADS)
+    assert state.grad_norm is None
+    seen = metrics(state, per_group=True)
+    assert list(seen)[:7] == ["clip_measure", *KEYS[1:]]
+    assert not [key for key in seen if key.startswith("grad_norm")]
+    assert float(seen["clip_measure"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_each_group_has_its_other_measure():
+    clip = gradclip_jax.clip_to_limit(
+        21.0, measure=functools.partial(gradclip_jax.unit_norms, order=1)
+    )
+    seen = numbers(metrics(after(clip, GRADS), per_group=True))
+    assert seen["clip_measure/encoder/w"] == 12  # columns of 7 and 12
+    assert seen["clip_factor/head"] == 0.25
+    assert seen["clipped"] == pytest.approx(1 / 3)
+
+
+def test_a_guard_gives_the_norm_beside_another_measure():
+    seen = numbers(metrics(after(skip_nonfinite(gradclip_jax.clip_by_value(21.0)), GRADS)))
+    assert (seen["grad_norm"], seen["clip_measure"], seen["clip_limit"]) == (85, 84, 21)
+
+
+def test_a_clip_holds_one_number_whatever_it_measures():
+    """None is no leaf: neither memory nor a kernel."""
+    for make in (gradclip_jax.clip_by_value, gradclip_jax.clip_by_global_norm):
+        assert len(jax.tree.leaves(make(1.0).init(GRADS))) == 6
+
+
+@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
+def test_of_measures_that_devices_split_the_largest_of_all_is_told(check_vma, mesh):
+    """Sums of moduli of eight columns: one has 20, the others 1."""
+    specs = P(None, "data")
+    measure = functools.partial(gradclip_jax.unit_norms, axes=0, order=1)
+    clip = gradclip_jax.clip_to_limit(1.0, measure=measure, axis_name=specs)
+
+    def update(grads):
+        _, state = clip.update(grads, clip.init(grads))
+        return metrics(state, axis_name=None if check_vma else specs)
+
+    mapped = shard_map(update, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma)
+    seen = numbers(mapped(jnp.full((4, 8), 0.25).at[:, 3].set(5.0)))
+    assert (seen["clip_measure"], seen["clip_factor"]) == (20, pytest.approx(0.05))
 
 
 def test_with_groups_the_norm_is_global_the_factor_smallest_and_clipped_a_fraction():
@@ -122,8 +217,8 @@ def test_a_clip_is_found_in_an_nnx_optimizer(make, standard_promotion):
 def test_several_clips_are_numbered_in_the_order_of_the_chain():
     chain = optax.chain(gradclip_jax.clip_by_value(42.0), gradclip_jax.clip_by_global_norm(1.0))
     seen = numbers(metrics(after(chain, GRADS)))
-    assert list(seen) == KEYS + [f"{key}_2" for key in KEYS]
-    assert seen["grad_norm"] == 84.0
+    assert list(seen) == ["clip_measure", *KEYS[1:], *(f"{key}_2" for key in KEYS)]
+    assert seen["clip_measure"] == 84.0
     assert seen["grad_norm_2"] == pytest.approx(np.hypot(13, 42))
 
 
@@ -231,6 +326,7 @@ GUARDED = {
         gradclip_jax.zero_nonfinite(), skip_nonfinite(gradclip_jax.clip_by_global_norm(17.0))
     ),
     "units": lambda: gradclip_jax.clip_by_unit_norm(17.0),
+    "spectral": lambda: gradclip_jax.spectral_clip(17.0),
 }
 
 
