@@ -1,7 +1,7 @@
 """Read what clips and guards saw and did out of any optimizer state."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,8 +45,10 @@ def metrics(
       | `nonfinite_count` | updates in which a norm (or element) was NaN or infinite, so far |
       | `step_count` | updates so far |
 
-      A second clip in the same state adds the same keys with `_2`, and so on, in the order of the
-      chain. `skip_nonfinite` and `skip_spikes` add
+      Of several clips these keys are those of the first, and each has its own as well: `clip_0/…`,
+      `clip_1/…` in the order of the chain, or `body/…` by its name in `optax.named_chain` or
+      `optax.partition`. Several guards are `skip_0/…` likewise. `skip_nonfinite` and `skip_spikes`
+      add
 
       | key | what |
       |---|---|
@@ -78,33 +80,45 @@ def metrics(
     # An `nnx.Optimizer` is no tree of plain arrays; its `opt_state` is.
     opt_state = getattr(opt_state, "opt_state", opt_state)
     found = _found(opt_state)
-    clips = [state for state in found if isinstance(state, ClipState)]
-    skips = [state for state in found if isinstance(state, SkipState)]
-    filters = [state for state in found if isinstance(state, NonfiniteState)]
     if not found:
         raise ValueError("`opt_state` must hold the state of a clip; there is none in it.")
-    values: dict[str, jax.Array] = {}
-    for number, state in enumerate(clips, start=1):
-        suffix = "" if number == 1 else f"_{number}"
-        values.update(
-            {key + suffix: value for key, value in _of_clip(state, per_group, axis_name).items()}
-        )
-    for number, state in enumerate(skips, start=1):
-        suffix = "" if number == 1 else f"_{number}"
-        values.update({key + suffix: value for key, value in _of_skip(state).items()})
-    for guard in [*filters, *skips]:
+    clips = [(names, state) for names, state in found if isinstance(state, ClipState)]
+    skips = [(names, state) for names, state in found if isinstance(state, SkipState)]
+    of_clip = functools.partial(_of_clip, per_group=per_group, axis_name=axis_name)
+    values = _of_all("clip", clips, of_clip) | _of_all("skip", skips, _of_skip)
+    filters = [state for _, state in found if isinstance(state, NonfiniteState)]
+    guards = [state for _, state in skips]
+    for guard in [*filters, *guards]:
         # What a guard held back never reached the clip, so that nothing is counted twice.
         here, known = _only_array(guard.nonfinite_count), values.get("nonfinite_count")
         # Not 0 + here: under a transfer guard a zero of the host may not come to the device.
         values["nonfinite_count"] = here if known is None else known + here
         values.setdefault("step_count", _only_array(guard.step_count))
-    if skips:
-        values["grad_norm"] = _only_array(skips[0].grad_norm)
-        values["step_count"] = _only_array(skips[0].step_count)
+    if guards:
+        values["grad_norm"] = _only_array(guards[0].grad_norm)
+        values["step_count"] = _only_array(guards[0].step_count)
     return values
 
 
-def _of_clip(state: ClipState, per_group: bool, axis_name: AxisName) -> dict[str, jax.Array]:
+def _of_all(
+    kind: str,
+    states: Sequence[tuple[tuple[str, ...], Any]],
+    read: Callable[[Any], dict[str, jax.Array]],
+) -> dict[str, jax.Array]:
+    """What the first says, and of several what each says under its name."""
+    each = [read(state) for _, state in states]
+    values = dict(each[0]) if each else {}
+    if len(each) < 2:
+        return values
+    all_names = [names for names, _ in states]
+    for i, (names, of_state) in enumerate(zip(all_names, each, strict=True)):
+        if not names or all_names.count(names) > 1:
+            names = (*names, f"{kind}_{all_names[:i].count(names)}")
+        values |= {"/".join((*names, key)): value for key, value in of_state.items()}
+    return values
+
+
+def _of_clip(state: ClipState, *, per_group: bool, axis_name: AxisName) -> dict[str, jax.Array]:
     kind = "grad_norm" if state.clip_measure is None else "clip_measure"
     of_clip = measured(state)
     norms = jax.tree.leaves(of_clip)
@@ -164,8 +178,11 @@ def _of_each_group(norms, limits, factors, *, axes, kind):
     ]
 
 
-def _found(opt_state: Any) -> list[Any]:
-    """The states of clips and guards, from the outside to the inside."""
+def _found(opt_state: Any, names: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    """The states of clips and guards, from the outside to the inside, and the names they are under.
+
+    A name is a key of a dict of states, as `optax.named_chain` and `optax.partition` have it.
+    """
 
     def is_node(x: Any) -> bool:
         return isinstance(x, ClipState | NonfiniteState | SkipState | Mapping)
@@ -174,11 +191,12 @@ def _found(opt_state: Any) -> list[Any]:
     for x in filter(is_node, jax.tree.leaves(opt_state, is_leaf=is_node)):
         state = _from_dict(x) if isinstance(x, Mapping) else x
         if state is not None:
-            found.append(state)
+            found.append((names, state))
         if isinstance(state, SkipState):
-            found += _found(state.inner_state)
+            found += _found(state.inner_state, names)
         elif isinstance(x, Mapping) and state is None:
-            found += [each for key in sorted(x, key=_place) for each in _found(x[key])]
+            for key in sorted(x, key=_place):
+                found += _found(x[key], names if _is_place(key) else (*names, str(key)))
     return found
 
 
@@ -194,6 +212,11 @@ def _from_dict(fields: Mapping[Any, Any]) -> Any:
             empty: dict[str, Any] = dict.fromkeys(kind._fields)
             return kind(**{**empty, **fields})
     return None
+
+
+def _is_place(key: Any) -> bool:
+    """Whether a key is a number in a chain or a field of a state that became a dict, not a name."""
+    return str(key).isdecimal() or str(key).endswith(("_state", "_states"))
 
 
 def _place(key: Any) -> tuple[int, str]:

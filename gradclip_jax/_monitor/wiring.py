@@ -174,8 +174,9 @@ class NotReduced:
         grouped: bool,
     ) -> np.ndarray:
         """Where more reached the optimizer than the limits of all groups let through."""
-        limits = [values[key] for key in values if key.startswith("clip_limit_")]
-        whole = np.sqrt(sum((np.square(x) for x in limits), np.square(limit)))
+        # Each of several clips stands by its name; the plain key is that of the first.
+        limits = [values[key] for key in values if key.endswith("/clip_limit")] or [limit]
+        whole = np.sqrt(sum(np.square(x) for x in limits))
         if not self._groups:
             return np.isfinite(update) & (update > self.ABOVE * whole)
         if not grouped:

@@ -450,8 +450,8 @@ def test_a_micro_batch_that_is_not_finite_may_count_as_zero(standard_promotion):
     close(with_bad, [[0, 0], STEP_OF_A, [0, 0], STEP_OF_AB])
     seen = gradclip_jax.metrics(state)
     assert (float(seen["grad_norm"]), int(seen["nonfinite_count"])) == (5.0, 1)  # micro-batches
-    close(seen["grad_norm_2"], np.sqrt(20))  # their mean
-    assert int(seen["nonfinite_count_2"]) == 0
+    close(seen["clip_1/grad_norm"], np.sqrt(20))  # their mean
+    assert int(seen["clip_1/nonfinite_count"]) == 0
 
 
 def test_elements_that_are_not_finite_may_be_left_out_alone(standard_promotion):

@@ -21,6 +21,7 @@ KEYS = [
     "grad_norm", "clip_limit", "clip_factor", "clipped",
     "clip_count", "nonfinite_count", "step_count",
 ]  # fmt: skip
+SKIPS = ["skipped", "skip_count", "skips_in_a_row", "skip_limit"]
 
 
 def after(optimizer, *updates):
@@ -214,12 +215,109 @@ def test_a_clip_is_found_in_an_nnx_optimizer(make, standard_promotion):
         assert {"grad_norm/kernel", "grad_norm/bias"} <= set(outside)
 
 
+VALUE, GLOBAL = gradclip_jax.clip_by_value(42.0), gradclip_jax.clip_by_global_norm(17.0)
+
+
 def test_several_clips_are_numbered_in_the_order_of_the_chain():
-    chain = optax.chain(gradclip_jax.clip_by_value(42.0), gradclip_jax.clip_by_global_norm(1.0))
-    seen = numbers(metrics(after(chain, GRADS)))
-    assert list(seen) == ["clip_measure", *KEYS[1:], *(f"{key}_2" for key in KEYS)]
-    assert seen["clip_measure"] == 84.0
-    assert seen["grad_norm_2"] == pytest.approx(np.hypot(13, 42))
+    """The plain keys are those of the first, which `clip_0` says too."""
+    seen = numbers(metrics(after(optax.chain(VALUE, GLOBAL), GRADS)))
+    first = ["clip_measure", *KEYS[1:]]
+    assert list(seen) == [
+        *first, *(f"clip_0/{key}" for key in first), *(f"clip_1/{key}" for key in KEYS)
+    ]  # fmt: skip
+    assert seen["clip_measure"] == seen["clip_0/clip_measure"] == 84.0
+    assert seen["clip_limit"] == seen["clip_0/clip_limit"] == 42.0
+    assert seen["clip_1/grad_norm"] == pytest.approx(np.hypot(13, 42))
+    assert seen["clip_1/clip_limit"] == 17.0
+
+
+def norms_by_name(state, **options):
+    """The last part of each key that ends in `grad_norm` goes; the plain key is the empty name."""
+    seen = numbers(metrics(state, **options))
+    return {
+        key.removesuffix("grad_norm").removesuffix("/"): value
+        for key, value in seen.items()
+        if key.endswith("grad_norm")
+    }
+
+
+# The norms that clips of 17 and of 5 see of a gradient of norm 85.
+SCALE = optax.scale(0.5)
+SECOND = gradclip_jax.clip_by_global_norm(5.0)
+NAMED = {
+    "chain": (lambda: optax.chain(GLOBAL, SECOND), {"": 85, "clip_0": 85, "clip_1": 17}),
+    "alone in a named chain": (
+        lambda: optax.named_chain(("body", GLOBAL), ("half", SCALE)),
+        {"": 85},
+    ),
+    "named chain": (
+        lambda: optax.named_chain(("a", GLOBAL), ("b", SCALE), ("c", SECOND)),
+        {"": 85, "a": 85, "c": 8.5},
+    ),
+    "in the order of their names": (
+        lambda: optax.named_chain(("z", GLOBAL), ("a", SECOND)),
+        {"": 17, "a": 17, "z": 85},
+    ),
+    "two under one name": (
+        lambda: optax.named_chain(("a", optax.chain(GLOBAL, SCALE, SECOND)), ("b", SECOND)),
+        {"": 85, "a/clip_0": 85, "a/clip_1": 8.5, "b": 5},
+    ),
+    "named within a chain": (
+        lambda: optax.chain(GLOBAL, optax.named_chain(("a", SECOND)), SECOND),
+        {"": 85, "clip_0": 85, "a": 17, "clip_1": 5},
+    ),
+    "named twice": (
+        lambda: optax.named_chain(
+            ("outer", optax.named_chain(("a", GLOBAL), ("b", SECOND))), ("then", SCALE)
+        ),
+        {"": 85, "outer/a": 85, "outer/b": 17},
+    ),
+    "injected": (
+        lambda: optax.named_chain(
+            ("a", optax.inject_hyperparams(gradclip_jax.clip_by_global_norm)(max_norm=17.0)),
+            ("b", SECOND),
+        ),
+        {"": 85, "a": 85, "b": 17},
+    ),
+    "partition": (
+        lambda: optax.partition({"x": GLOBAL, "y": SECOND}, {"encoder": "x", "head": "y"}),
+        {"": 13, "x": 13, "y": 84},
+    ),
+    "accumulated": (
+        lambda: optax.MultiSteps(optax.named_chain(("a", GLOBAL), ("b", SECOND)), 1),
+        {"": 85, "a": 85, "b": 17},
+    ),
+    "within a guard": (
+        lambda: skip_nonfinite(optax.named_chain(("a", SCALE), ("b", GLOBAL), ("c", SECOND))),
+        {"": 85, "b": 42.5, "c": 17},
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "expected"), NAMED.values(), ids=NAMED)
+def test_each_of_several_clips_has_its_name(make, expected, standard_promotion):
+    optimizer = make()
+    state = after(optimizer, GRADS)
+    assert norms_by_name(state) == pytest.approx(expected)
+    # As it comes out of jit, where the keys of a dict are sorted, and as a state dict of flax.
+    same = jax.jit(lambda state: state)(state)
+    assert norms_by_name(same) == pytest.approx(expected)
+    as_dict = flax.serialization.to_state_dict(state)
+    assert norms_by_name(as_dict) == pytest.approx(expected)
+    assert norms_by_name({"opt_state": as_dict, "step": 1}) == pytest.approx(expected)
+
+
+def test_optimizers_in_a_dict_have_their_names():
+    states = {"actor": after(GLOBAL, GRADS), "critic": after(optax.chain(SCALE, GLOBAL), GRADS)}
+    assert norms_by_name(states) == {"": 85, "actor": 85, "critic": 42.5}
+
+
+def test_groups_stand_under_the_name_of_their_clip():
+    chain = optax.named_chain(("a", GLOBAL), ("b", gradclip_jax.clip_by_norm(42.0)))
+    seen = numbers(metrics(after(chain, GRADS), per_group=True))
+    assert seen["b/grad_norm/head"] == pytest.approx(84 / 5)
+    assert seen["b/clip_limit/encoder/w"] == 42
+    assert "grad_norm/head" not in seen
 
 
 def test_what_a_guard_zeroed_is_counted_with_what_the_clip_did():
@@ -240,9 +338,11 @@ def test_a_guard_tells_what_it_skipped_and_counts_what_never_reached_the_clip():
     huge = jax.tree.map(lambda x: x * 2, GRADS)
     seen = numbers(metrics(after(guard, GRADS, broken, huge)))
     assert list(seen) == [
-        *KEYS, "skipped", "skip_count", "skips_in_a_row", "skip_limit",
-        "skipped_2", "skip_count_2", "skips_in_a_row_2", "skip_limit_2",
+        *KEYS, *SKIPS,
+        *(f"skip_0/{key}" for key in SKIPS), *(f"skip_1/{key}" for key in SKIPS),
     ]  # fmt: skip
+    assert (seen["skip_0/skipped"], seen["skip_1/skipped"]) == (1, 0)
+    assert (seen["skip_0/skip_count"], seen["skip_1/skip_count"]) == (2, 0)
     assert (seen["skipped"], seen["skip_count"], seen["skips_in_a_row"]) == (1, 2, 2)
     assert (seen["skip_limit"], seen["grad_norm"]) == (100.0, 170.0)
     assert (seen["nonfinite_count"], seen["step_count"], seen["clip_count"]) == (1, 3, 1)

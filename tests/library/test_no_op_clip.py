@@ -119,6 +119,12 @@ CLIPS = {
     "each unit": gradclip_jax.clip_by_unit_norm(LIMIT, axes=()),
     "relative": gradclip_jax.adaptive_grad_clip(0.1),
     "two": optax.chain(gradclip_jax.clip_by_norm(LIMIT), clip_by_global_norm(LIMIT)),
+    "one for each part": optax.partition({"a": GLOBAL, "b": GLOBAL}, {"encoder": "a", "head": "b"}),
+    # What they measure is not the norm of what reached the optimizer.
+    "values": gradclip_jax.clip_by_value(LIMIT),
+    "largest modulus": clip_by_global_norm(LIMIT, order=float("inf")),
+    "singular values": gradclip_jax.spectral_clip(LIMIT),
+    "values, in a guard": gradclip_jax.skip_nonfinite(gradclip_jax.clip_by_value(LIMIT)),
 }
 
 
