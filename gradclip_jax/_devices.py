@@ -141,7 +141,8 @@ def reduced_axes(
         axes = split if given is None else said
     # The caller says where to look; checked types still say what is replicated there.
     axes = axes & split if checked else axes
-    if axes and dims is not None and len(x.shape) > 1 and not isinstance(given, PartitionSpec):
+    of_units = dims is not None and (len(x.shape) > 1 or not dims)
+    if axes and of_units and not isinstance(given, PartitionSpec):
         raise ValueError(
             f"`axis_name` must be a tree of PartitionSpecs for norms of units: `{path}` is split "
             f"along mesh axes {sorted(axes)}, and only its spec says which dimension of it is."

@@ -381,6 +381,17 @@ def test_units_of_split_leaves_ask_for_the_specs(axis_name, mesh):
         )(jnp.ones((8, 2)))
 
 
+@pytest.mark.parametrize("axis_name", [None, "data"])
+def test_elements_of_a_split_vector_are_not_summed_over_devices(axis_name, mesh):
+    """The norms [3, 4] of devices that hold one element each would have been 5 on both."""
+    measure = functools.partial(gradclip_jax.unit_norms, axes=(), axis_name=axis_name)
+    with pytest.raises(ValueError, match="`axis_name` must be a tree of PartitionSpecs for norms"):
+        shard_map(measure, mesh=mesh, in_specs=P("data"), out_specs=P("data"))(jnp.ones(8))
+    told = functools.partial(gradclip_jax.unit_norms, axes=(), axis_name=P("data"))
+    norms = shard_map(told, mesh=mesh, in_specs=P("data"), out_specs=P("data"))(jnp.arange(8.0))
+    np.testing.assert_array_equal(norms, np.arange(8.0))
+
+
 def test_the_rule_for_units_sees_the_whole_shape(mesh):
     """A kernel of (8, 3) is no vector because each device holds (1, 3) of it."""
     params = {"kernel": jnp.ones((8, 3))}
