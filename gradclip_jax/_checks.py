@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-Threshold = Any
-"""A Python number, an array of any float dtype, a traced value, an optax schedule, or None."""
+from ._types import Threshold
 
 
 def check_threshold(name: str, value: Threshold) -> Threshold:
@@ -79,6 +78,12 @@ def _checked_schedule(name: str, schedule: Callable[..., Any]) -> Callable[[Any]
     return checked
 
 
+_INJECT = (
+    "a schedule of it goes through `optax.inject_hyperparams(strategy)(argument=schedule)`, one of "
+    "a limit through `optax.inject_hyperparams(lambda k: clip_to_limit(limits.ema(k)))(k=schedule)`"
+)
+
+
 def check_number(name: str, value: Any, rule: str, low: float, high: float = math.inf) -> Any:
     """Return a finite number or scalar array within bounds, or a traced value; else raise."""
     if isinstance(value, Tracer):
@@ -92,7 +97,8 @@ def check_number(name: str, value: Any, rule: str, low: float, high: float = mat
         is_number = not isinstance(value, bool) and isinstance(value, numbers.Real)
     number = _as_float(value) if is_number else math.nan
     if not math.isfinite(number) or not low <= number <= high:
-        raise ValueError(f"`{name}` must {rule}, got {value!r}.")
+        fix = f": {_INJECT}" if callable(value) else ""
+        raise ValueError(f"`{name}` must {rule}, got {value!r}{fix}.")
     return value if isinstance(value, jax.Array) else number
 
 

@@ -1,7 +1,7 @@
 """The engine: updates, times the response to their norm and the limit on it, group by group."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ._checks import accepts, takes
+from ._compiled import compiled
 from ._devices import any_device, filled_like, manual_axes, varying_like
 from ._inject import strategy
 from ._leaves import (
@@ -21,6 +22,7 @@ from ._measures import gives_norms
 from ._norms import global_norm
 from ._platforms import elementwise
 from ._rescale import (
+    Factor,
     OnNonfinite,
     Response,
     check_on_nonfinite,
@@ -226,24 +228,45 @@ def apply_limits(
     )
 
 
-# Called eagerly this is one cached program for each tree structure; inside a trace it inlines.
-@functools.partial(jax.jit, static_argnames=("index", "response", "on_nonfinite"), inline=True)
-def _apply_limits(leaves, norms, limits, *, index, response, on_nonfinite):
-    """Held leaves, the limit and factor of each norm, and whether any was clipped or not finite."""
+@compiled(static=("index", "response", "on_nonfinite"))
+def _apply_limits(
+    leaves: list[jax.Array],
+    norms: list[jax.Array],
+    limits: list[jax.Array],
+    *,
+    index: tuple[int, ...],
+    response: Response,
+    on_nonfinite: OnNonfinite,
+) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array], jax.Array]:
+    """Clipped leaves; limit and factor of each norm; two flags."""
+    applied, whole, limits, flags = factors_of_norms(norms, limits, response, on_nonfinite)
+    return rescale(leaves, [applied[i] for i in index]), limits, whole, flags
+
+
+def factors_of_norms(
+    norms: Sequence[jax.Array],
+    limits: Sequence[jax.Array],
+    response: Response,
+    on_nonfinite: OnNonfinite,
+) -> tuple[list[Factor], list[jax.Array], list[jax.Array], jax.Array]:
+    """The factor of each norm in two steps, and as one; its limit; and two flags.
+
+    The flags say whether any norm was above its limit, and whether any was not finite.
+    """
     limits = [varying_like(limit, norm) for limit, norm in zip(limits, norms, strict=True)]
-    of_norm = [jnp.broadcast_to(limit, n.shape) for n, limit in zip(norms, limits, strict=True)]
-    rows = (stacked_scalars(of, norms) for of in (norms, of_norm))
-    pairs = list(zip(*rows, strict=True))
+    limits = [jnp.broadcast_to(limit, n.shape) for n, limit in zip(norms, limits, strict=True)]
+    pairs = list(zip(*(stacked_scalars(of, norms) for of in (norms, limits)), strict=True))
     clipped = _any([jnp.any(jnp.isfinite(norm) & (norm > limit)) for norm, limit in pairs])
     flags = jnp.stack([clipped, _any([jnp.any(~jnp.isfinite(norm)) for norm, _ in pairs])])
     fill = nonfinite_fill(on_nonfinite)
-    found = elementwise(functools.partial(_factors, response, fill), norms, of_norm)
+    found = elementwise(functools.partial(_factors, response, fill), norms, limits)
     applied, whole, limits = ([of_norm[part] for of_norm in found] for part in range(3))
-    leaves = rescale(leaves, [applied[i] for i in index])
-    return leaves, limits, whole, flags
+    return applied, whole, limits, flags
 
 
-def _factors(response, fill, norm, limit):
+def _factors(
+    response: Response, fill: float, norm: jax.Array, limit: jax.Array
+) -> tuple[Factor, jax.Array, jax.Array]:
     """The factor of a norm, in two steps and as one: `fill` for a norm that is not finite.
 
     The limit comes back, too: XLA would copy each constant one to the state by a kernel of its own.

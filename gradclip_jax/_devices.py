@@ -14,9 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ._leaves import broadcast_prefix, path_name
 from ._memory import in_host_memory
-
-AxisName = Any
-"""None, a name, names, or a prefix pytree of PartitionSpecs: see `reduced_axes`."""
+from ._types import AxisName
 
 
 def type_of(x: Any) -> Any:

@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._devices import AxisName, per_leaf, reduced_axes, vma_checked
+from ._devices import per_leaf, reduced_axes, vma_checked
 from ._leaves import is_gradient, path_name
 from ._norms import unit_norms
+from ._types import AxisName
 
 
 def matrix_norms(updates: Any, *, axis_name: AxisName = None) -> Any:

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ._devices import AxisName, axis_size, smallest_over_devices, split_along, sum_over_devices
+from ._devices import axis_size, smallest_over_devices, split_along, sum_over_devices
 from ._guards import SkipState
 from ._leaves import path_name, stacked_scalars
 from ._norms import global_norm
 from ._state import ClipState, NonfiniteState, measured
+from ._types import AxisName
 
 
 def metrics(

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from ._devices import (
-    AxisName,
     axis_size,
     is_unsharded,
     per_leaf,
@@ -26,6 +25,7 @@ from ._leaves import GroupNorms, is_gradient, leaf_labels, path_name
 from ._platforms import norms_of_groups, with_finite_derivative
 from ._reduce import MeshAxes, Plan
 from ._safe import SafeRange, norm_from_sum, sum_of_squares
+from ._types import AxisName
 
 Axes = int | tuple[int, ...] | Callable[[str, Any], int | tuple[int, ...] | None] | None
 """Axes that one unit spans: see `unit_norms`."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ._compiled import compiled
 from ._devices import check_averaged, filled_like
 from ._export import exportable
 from ._leaves import GroupNorms, norm_dtype
@@ -108,7 +109,7 @@ def next_state(
     )
 
 
-@functools.partial(jax.jit, inline=True)
+@compiled()
 def overwritten(old: Any, new: Any) -> Any:
     """`new`, in a program that reads `old`.
 

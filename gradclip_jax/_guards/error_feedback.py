@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import Threshold, check_threshold, check_transformation
-from .._devices import AxisName, varying_like
+from .._checks import check_threshold, check_transformation
+from .._devices import varying_like
 from .._export import exportable
 from .._inject import injectable
 from .._limits import constant
 from .._norms import global_norm
 from .._rescale import factors, rescale, shrink
 from .._state import check_trees, check_type, init_threshold, read_threshold
+from .._types import AxisName, Threshold
 from .memory import added, cast_like, is_none, merged, zeros_like
 
 

@@ -8,16 +8,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import Threshold, check_argument_name, check_transformation, check_whole_number
+from .._checks import check_argument_name, check_transformation, check_whole_number
 from .._clip import Measure, in_update, measured_types
 from .._compiled import compiled
-from .._devices import AxisName, axis_names, filled_like, varying_like
+from .._devices import axis_names, filled_like, varying_like
 from .._export import exportable
 from .._given import GivenNorm
 from .._inject import injectable
 from .._limits import Limit, as_limit, constant, update_finite
 from .._norms import global_norm, leaf_norms, leaf_sizes
 from .._state import check_trees, check_type, increment_if, overwritten
+from .._types import AxisName, Threshold
 from .unless import data_of, unless_skipped
 from .zero_nonfinite import finite_part
 

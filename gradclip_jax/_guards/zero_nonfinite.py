@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._devices import AxisName
 from .._inject import strategy
 from .._leaves import is_gradient, norm_dtype
 from .._memory import changed_in_place, reduced_in_place
 from .._norms import global_norm
 from .._safe import all_finite, finite_or_zero
 from .._state import NonfiniteState, increment_if, transformation
+from .._types import AxisName
 
 
 @strategy()

@@ -1,12 +1,12 @@
 """Clip gradients of examples that exist already, and add them up."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from .._compiled import compiled
 from .._leaves import is_gradient
 from .._norms import global_norm
 from .._rescale import Response, check_response, shrink
@@ -86,8 +86,7 @@ def clip(
         return _sum_clipped(grads, max_norm, mask, rule=Rule(measure, share, response), dtype=dtype)
 
 
-# Called eagerly this is one cached program for each tree structure; inside a trace it inlines.
-@functools.partial(jax.jit, static_argnames=("rule", "dtype"), inline=True)
+@compiled(static=("rule", "dtype"))
 def _sum_clipped(
     grads: Any, max_norm: Any, mask: jax.Array, *, rule: Rule, dtype: Any
 ) -> tuple[Any, Any]:

@@ -1,6 +1,5 @@
 """AdaGC: each array is held to a moving average of its own norms."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ import optax
 
 from .._checks import check_above, check_between_0_and_1, check_steps, check_threshold
 from .._clip import clip_norms
+from .._compiled import compiled
 from .._devices import vma_checked
 from .._export import exportable
 from .._inject import strategy
@@ -108,8 +108,7 @@ def adagc(
     )
 
 
-# Called eagerly this is one cached program for each number of arrays; inside a trace it inlines.
-@functools.partial(jax.jit, inline=True)
+@compiled()
 def _limits_and_levels(
     norms: list[jax.Array],
     levels: list[jax.Array],

@@ -18,7 +18,7 @@ from .._limits import constant
 from .._matrices import check_whole_matrices
 from .._memory import to_device, to_memory_of
 from .._norms import global_norm, leaf_norms
-from .._rescale import OnNonfinite, check_on_nonfinite, shrink
+from .._rescale import OnNonfinite, nonfinite_fill, shrink
 from .._state import (
     ClipState,
     check_trees,
@@ -94,9 +94,8 @@ def clip_by_dual_norm(
     `balls.euclidean` it is `clip_by_global_norm(rho)` divided by rho.
     """
     limit = constant(check_threshold("max_norm", max_norm))
-    check_on_nonfinite(on_nonfinite)
     _check_ball(ball)
-    fill = jnp.nan if on_nonfinite == "propagate" else 0.0
+    fill = nonfinite_fill(on_nonfinite)
 
     def init(params: Params) -> ClipState:
         norm = measured_types(functools.partial(global_norm, order=1), params, axis_name)

@@ -16,7 +16,7 @@ from .._leaves import is_gradient
 from .._limits import Limit, constant
 from .._memory import changed_in_place, constant_like
 from .._norms import global_norm, group_norms
-from .._rescale import OnNonfinite, check_on_nonfinite, clamped, ratio, shrink
+from .._rescale import OnNonfinite, clamped, nonfinite_fill, ratio, shrink
 from .._state import (
     ClipState,
     check_trees,
@@ -126,8 +126,7 @@ def _between(
     on_nonfinite: OnNonfinite,
 ) -> optax.GradientTransformationExtraArgs:
     """A clamp between -down and up; `measured` gives what it held, and to which bound."""
-    check_on_nonfinite(on_nonfinite)
-    fill = jnp.nan if on_nonfinite == "propagate" else 0.0
+    fill = nonfinite_fill(on_nonfinite)
     clamp = functools.partial(clamped, fill=fill)
 
     def init(params: Params) -> ClipState:

@@ -1,6 +1,5 @@
 """SPAM: hold each element to a multiple of its own root mean square."""
 
-import functools
 from typing import Any
 
 import jax
@@ -10,13 +9,14 @@ from jax.core import Tracer
 
 from .._checks import check_between_0_and_1, check_threshold, check_whole_number
 from .._clip import measured_types
+from .._compiled import compiled
 from .._devices import filled_like
 from .._inject import strategy
 from .._leaves import broadcast_prefix, is_gradient, widen
 from .._limits import constant
 from .._memory import to_device, to_memory_of
 from .._norms import global_norm
-from .._rescale import OnNonfinite, check_on_nonfinite, clamped, ratio, shrink
+from .._rescale import OnNonfinite, clamped, nonfinite_fill, ratio, shrink
 from .._state import (
     ClipState,
     check_trees,
@@ -87,11 +87,10 @@ def spam_clip(
     moments of the optimizer every 500 updates (nor, then, its warm-up): that is the optimizer's.
     An element with v = 0 passes here; by the letter of the equation it would be zero for ever.
     """
-    check_on_nonfinite(on_nonfinite)
     square = constant(check_threshold("threshold", threshold))
     rate = 1 - check_between_0_and_1("decay", decay)
     warmup_steps = check_whole_number("warmup_steps", warmup_steps, least=0)
-    fill = jnp.nan if on_nonfinite == "propagate" else 0.0
+    fill = nonfinite_fill(on_nonfinite)
 
     def init(params: Params) -> ClipState:
         norm = measured_types(_largest, params, axis_name)
@@ -141,8 +140,7 @@ def _largest(tree: Any, *, axis_name: AxisName = None) -> jax.Array:
     return global_norm(tree, order=jnp.inf, axis_name=axis_name)
 
 
-# Called eagerly this is one cached program for each tree structure; inside a trace it inlines.
-@functools.partial(jax.jit, static_argnames="on_nonfinite", inline=True)
+@compiled(static=("on_nonfinite",))
 def _changed(
     leaves: list[jax.Array],
     arrays: list[jax.Array],
@@ -152,7 +150,7 @@ def _changed(
     on_nonfinite: OnNonfinite,
 ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
     """What comes out of each leaf, its new root mean square, and the ratio of both before."""
-    fill = jnp.nan if on_nonfinite == "propagate" else 0.0
+    fill = nonfinite_fill(on_nonfinite)
     changed = []
     for leaf, rms in zip(leaves, arrays, strict=True):
         # The root mean square is on the device, so that a leaf in host memory has to come there.

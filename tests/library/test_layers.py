@@ -12,6 +12,7 @@ import gradclip_jax
 
 PACKAGE = Path(gradclip_jax.__file__).parent
 LAYERS = [
+    {"_types"},
     {"_checks", "_compiled", "_export"},
     {"_leaves", "_memory"},
     {"_devices", "_safe"},

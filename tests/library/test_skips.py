@@ -246,7 +246,7 @@ def test_functions_among_the_extra_arguments_go_on_too():
 @both_ways
 def test_a_given_norm_is_not_measured_again_and_goes_on_as_what_is_passed_on():
     known = gradclip_jax.given_norm("grad_norm")
-    clip = gradclip_jax.clip_to_limit(1.0, known)
+    clip = gradclip_jax.clip_to_limit(1.0, measure=known)
     optimizer = skip_spikes(clip, limit=6.5, max_consecutive=1, measure=known)
     state = optimizer.init(PARAMS)
     _, state = jax.jit(optimizer.update)(grads(), state, grad_norm=13.0)
