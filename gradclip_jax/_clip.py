@@ -18,8 +18,9 @@ from ._leaves import (
     stacked_scalars,
 )
 from ._limits import Limit, Limits, each
-from ._measures import gives_norms
+from ._measures import gives_norms, gives_norms_of_arrays
 from ._norms import global_norm
+from ._per_layer import PerLayer, check_per_layer, keeps_layers, norms_of_layers
 from ._platforms import elementwise
 from ._rescale import (
     Factor,
@@ -38,6 +39,7 @@ from ._state import (
     check_trees,
     initial_state,
     next_state,
+    overwritten,
     plain_norms,
     transformation,
 )
@@ -57,6 +59,7 @@ def clip_to_limit(
     *,
     measure: Measure = global_norm,
     response: Response = shrink,
+    per_layer: PerLayer = False,
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
@@ -77,6 +80,10 @@ def clip_to_limit(
         not `grad_norm`.
       response: `shrink`, `normalize`, `smooth`, `smooth_sqrt`, `smooth_tanh`, `drop`, or a
         function `(norm, limit) -> factor`.
+      per_layer: Whether the state keeps the norm of every array, for `metrics(per_layer=True)`; or
+        a function `(path, leaf) -> axis` for arrays that stack layers along an axis, as `scan` has
+        them, and None for others: then it keeps the norm of each layer. The gradients are read
+        once all the same. For 2-norms of arrays alone.
       axis_name: Handed to the measure; see `global_norm`.
       on_nonfinite: What a group becomes whose norm is NaN or infinite: `"zero"`, or `"propagate"`
         for NaN throughout. Either way it is counted, and no limit learns from it.
@@ -100,6 +107,7 @@ def clip_to_limit(
         each(limit),
         measure=measure,
         response=response,
+        per_layer=per_layer,
         axis_name=axis_name,
         on_nonfinite=on_nonfinite,
     )
@@ -110,6 +118,7 @@ def clip_norms(
     *,
     measure: Measure = global_norm,
     response: Response = shrink,
+    per_layer: PerLayer = False,
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
@@ -126,6 +135,7 @@ def clip_norms(
       limits: A `Limits`: a pair of functions, `init` and `update`.
       measure: See `clip_to_limit`.
       response: See `clip_to_limit`.
+      per_layer: See `clip_to_limit`.
       axis_name: See `clip_to_limit`.
       on_nonfinite: See `clip_to_limit`.
 
@@ -154,23 +164,33 @@ def clip_norms(
     _check_measure(measure)
     check_response(response)
     check_on_nonfinite(on_nonfinite)
-    are_norms = gives_norms(measure)
+    check_per_layer(per_layer, measure)
+    are_norms, has_layers = gives_norms(measure), keeps_layers(per_layer, measure)
+    known_layers = () if gives_norms_of_arrays(measure) else None
+
+    def measure_all(updates: Any, *, axis_name: AxisName, extra_args: Any) -> tuple[Any, Any]:
+        if has_layers:
+            return norms_of_layers(measure, per_layer, updates, axis_name=axis_name)
+        return in_update(measure, extra_args)(updates, axis_name=axis_name), known_layers
 
     def init(params: Params) -> ClipState:
-        norms = measured_types(measure, params, axis_name)
+        norms, layers = measured_types(measure_all, params, axis_name)
         zeros = jax.tree.map(functools.partial(filled_like, 0.0), norms)
-        return initial_state(norms, limits.init(zeros), are_norms=are_norms)
+        return initial_state(norms, limits.init(zeros), are_norms=are_norms, layer_norms=layers)
 
     def update(
         updates: Updates, state: ClipState, params: Params = None, **extra_args: Any
     ) -> tuple[Updates, ClipState]:
         check_trees(updates, params)
-        norms = in_update(measure, extra_args)(updates, axis_name=axis_name)
-        check_norms(norms, state, are_norms=are_norms)
+        norms, layers = measure_all(updates, axis_name=axis_name, extra_args=extra_args)
+        check_norms(norms, state, are_norms=are_norms, layer_norms=layers)
         of_norms, limit_state = limits.update(norms, state.limit_state, updates, params)
-        return apply_limits(
+        updates, new = apply_limits(
             updates, norms, of_norms, state, limit_state, response, on_nonfinite, axis_name
         )
+        if has_layers:
+            new = new._replace(layer_norms=overwritten(state.layer_norms, layers))
+        return updates, new
 
     return transformation(init, update, limits.init)
 

@@ -1,4 +1,4 @@
-"""What is known of a measure: whether it gives 2-norms."""
+"""What is known of a measure: whether it gives 2-norms, and of every array."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -18,6 +18,12 @@ def gives_norms(measure: Callable[..., Any]) -> bool:
     known = any(function is each for each in (global_norm, leaf_norms, unit_norms, group_norms))
     is_euclidean = isinstance(order, int | float) and order == 2
     return isinstance(function, GivenNorm) or (known and is_euclidean)
+
+
+def gives_norms_of_arrays(measure: Callable[..., Any]) -> bool:
+    """Whether it gives the 2-norm of every array, or of its units, from which that follows."""
+    function, _ = unbound(measure)
+    return gives_norms(measure) and (function is leaf_norms or function is unit_norms)
 
 
 def unbound(measure: Callable[..., Any]) -> tuple[Callable[..., Any], Mapping[str, Any]]:

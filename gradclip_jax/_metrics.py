@@ -6,20 +6,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from ._devices import axis_size, smallest_over_devices, split_along, sum_over_devices
+from ._devices import (
+    axis_size,
+    replicate_matrices,
+    smallest_over_devices,
+    split_along,
+    sum_over_devices,
+)
 from ._guards import SkipState
 from ._leaves import path_name, stacked_scalars
-from ._norms import global_norm
+from ._per_layer import joint_norm
 from ._state import ClipState, NonfiniteState, measured
 from ._types import AxisName
 
 
 def metrics(
-    opt_state: Any, *, per_group: bool = False, axis_name: AxisName = None
+    opt_state: Any,
+    *,
+    per_group: bool = False,
+    per_layer: bool = False,
+    axis_name: AxisName = None,
 ) -> dict[str, jax.Array]:
-    """What the clip in an optimizer state saw and did in its last update, for any logger.
+    """What the clip in an optimizer state saw and did in its last update, for logging.
 
     Args:
       opt_state: State of a clip, or of anything that contains one: `optax.chain`, `MultiSteps`,
@@ -28,55 +37,35 @@ def metrics(
       per_group: Add an entry for each group when the clip has several: `grad_norm/encoder/w`,
         and likewise for limit and factor. Of units in one array: the norm of all of them, the
         smallest limit and factor.
+      per_layer: Add the norm of every array, `grad_norm/encoder/w`, and of every layer of a stack,
+        `grad_norm/blocks/w/0`. A clip that does not measure each array must be built with it.
       axis_name: Needed only for norms of units that `pmap`, or `shard_map` with `check_vma=False`,
         splits over devices: a mesh axis or axes along which each array of norms is split, or a
         prefix pytree of PartitionSpecs of the norms. Without it each device sees its own units.
 
     Returns:
-      A flat dict of scalars, on the device until they are read:
+      A flat dict of scalars, on the device until they are read. Several clips, and guards, have
+      further keys: see the page of this function.
 
       | key | what |
       |---|---|
       | `grad_norm` | 2-norm before the clip; of several groups, the norm of all of them |
-      | `clip_measure` | what a clip measured that measures no 2-norms; of several, the largest |
+      | `clip_measure` | instead, what another clip measured; of several groups, the largest |
       | `clip_limit` | the limit; of several groups, the smallest |
-      | `clip_factor` | the factor the updates were multiplied by; of several groups, the smallest |
+      | `clip_factor` | the factor on the updates; of several groups, the smallest |
       | `clipped` | 1 if the norm was above the limit, else 0; of several groups, the fraction |
       | `clip_count` | updates in which a norm was above its limit, so far |
       | `nonfinite_count` | updates in which a norm (or element) was NaN or infinite, so far |
       | `step_count` | updates so far |
 
-      Of several clips these keys are those of the first, and each has its own as well: `clip_0/…`,
-      `clip_1/…` in the order of the chain, or `body/…` by its name in `optax.named_chain` or
-      `optax.partition`. Several guards are `skip_0/…` likewise. `skip_nonfinite` and `skip_spikes`
-      add
-
-      | key | what |
-      |---|---|
-      | `skipped` | 1 if the last update was skipped, else 0 |
-      | `skip_count` | updates skipped, so far |
-      | `skips_in_a_row` | updates skipped since the last that was no spike |
-      | `skip_limit` | the limit above which an update was a spike |
-
-      and give `grad_norm` and `step_count` of all updates: one that is skipped reaches no clip
-      within.
-
     Raises:
-      ValueError: When there is neither a clip nor a guard in the state.
+      ValueError: Where the state holds neither a clip nor a guard, or no clip with norms of arrays.
 
-    >>> import gradclip_jax, jax.numpy as jnp, optax
-    >>> optimizer = optax.chain(gradclip_jax.clip_by_global_norm(1.0), optax.adam(1e-3))
-    >>> grads = {"w": jnp.array([3.0, 4.0])}
-    >>> _, state = optimizer.update(grads, optimizer.init(grads))
-    >>> for key, value in gradclip_jax.metrics(state).items():
-    ...     print(key, value)
-    grad_norm 5.0
-    clip_limit 1.0
-    clip_factor 0.2
-    clipped 1.0
-    clip_count 1
-    nonfinite_count 0
-    step_count 1
+    >>> import gradclip_jax, jax.numpy as jnp
+    >>> clip = gradclip_jax.clip_by_global_norm(1.0)
+    >>> _, state = clip.update(jnp.array([3.0, 4.0]), clip.init(jnp.zeros(2)))
+    >>> print(gradclip_jax.metrics(state)["grad_norm"])
+    5.0
     """
     # An `nnx.Optimizer` is no tree of plain arrays; its `opt_state` is.
     opt_state = getattr(opt_state, "opt_state", opt_state)
@@ -85,7 +74,14 @@ def metrics(
         raise ValueError("`opt_state` must hold the state of a clip; there is none in it.")
     clips = [(names, state) for names, state in found if isinstance(state, ClipState)]
     skips = [(names, state) for names, state in found if isinstance(state, SkipState)]
-    of_clip = functools.partial(_of_clip, per_group=per_group, axis_name=axis_name)
+    if per_layer and all(state.layer_norms is None for _, state in clips):
+        raise ValueError(
+            "`per_layer` must be False unless a clip in `opt_state` knows the norm of every array: "
+            "build the clip with `per_layer=True`."
+        )
+    of_clip = functools.partial(
+        _of_clip, per_group=per_group, per_layer=per_layer, axis_name=axis_name
+    )
     values = _of_all("clip", clips, of_clip) | _of_all("skip", skips, _of_skip)
     filters = [state for _, state in found if isinstance(state, NonfiniteState)]
     guards = [state for _, state in skips]
@@ -119,7 +115,9 @@ def _of_all(
     return values
 
 
-def _of_clip(state: ClipState, *, per_group: bool, axis_name: AxisName) -> dict[str, jax.Array]:
+def _of_clip(
+    state: ClipState, *, per_group: bool, per_layer: bool, axis_name: AxisName
+) -> dict[str, jax.Array]:
     kind = "grad_norm" if state.clip_measure is None else "clip_measure"
     of_clip = measured(state)
     norms = jax.tree.leaves(of_clip)
@@ -138,11 +136,50 @@ def _of_clip(state: ClipState, *, per_group: bool, axis_name: AxisName) -> dict[
         for path, of_group in zip(paths, of_groups, strict=True):
             named = _named(kind, of_group[:3])
             values |= {f"{key}/{path_name(path)}": value for key, value in named.items()}
+    if per_layer and state.layer_norms is not None:
+        values |= _of_layers(state, axis_name)
+    return values
+
+
+def _of_layers(state: ClipState, axis_name: AxisName) -> dict[str, jax.Array]:
+    """The norm of every array, and of every layer of one that stacks layers."""
+    is_kept = bool(jax.tree.leaves(state.layer_norms))
+    tree = state.layer_norms if is_kept else state.grad_norm
+    named = jax.tree_util.tree_leaves_with_path(tree)
+    axes = split_along(tree, None if is_kept else axis_name)
+    norms, layers = _of_arrays([norm for _, norm in named], axes=axes, stacked=is_kept)
+    values: dict[str, jax.Array] = {}
+    for (path, _), mesh_axes, norm, of_layers in zip(named, axes, norms, layers, strict=True):
+        name = path_name(path)
+        if of_layers and mesh_axes:
+            raise ValueError(
+                f"`per_layer` must be False where devices hold different layers of `{name}` (along "
+                f"{mesh_axes}): return the state from the region and read it outside."
+            )
+        parts = ["grad_norm", *([name] if name else [])]
+        values["/".join(parts)] = norm
+        values |= {"/".join([*parts, str(i)]): layer for i, layer in enumerate(of_layers)}
+    values.pop("grad_norm", None)  # of an array alone it is there already
     return values
 
 
 def _named(kind: str, values: Sequence[jax.Array]) -> dict[str, jax.Array]:
     return dict(zip((kind, "clip_limit", "clip_factor", "clipped"), values, strict=False))
+
+
+# Called eagerly this is one cached program for each number of arrays.
+@functools.partial(jax.jit, static_argnames=("axes", "stacked"), inline=True)
+def _of_arrays(
+    norms: list[jax.Array], *, axes: tuple[tuple[str, ...], ...], stacked: bool
+) -> tuple[list[jax.Array], list[list[jax.Array]]]:
+    whole = [joint_norm([norm], [names]) for norm, names in zip(norms, axes, strict=True)]
+    return whole, [_entries(norm) if stacked and norm.ndim else [] for norm in norms]
+
+
+def _entries(norms: jax.Array) -> list[jax.Array]:
+    # Of a dimension that explicit mesh axes split jax takes no single entry.
+    row = replicate_matrices(norms[None])
+    return [row[0, i] for i in range(norms.size)]
 
 
 # Called eagerly these are one cached program for each number of groups.
@@ -161,7 +198,7 @@ def _of_groups(norms, limits, factors, *, axes, kind):
         groups = sum(norms[i].size for i in here) * axis_size(names)
         counted.append((sum_over_devices(sum(above), names), groups))
     above, groups = map(sum, zip(*counted, strict=True))
-    joint = _joint_norm if kind == "grad_norm" else _largest
+    joint = joint_norm if kind == "grad_norm" else _largest
     return (
         joint(norms, axes),
         smallest_over_devices(_smallest(limits, jnp.inf), over),
@@ -204,13 +241,16 @@ def _found(opt_state: Any, names: tuple[str, ...] = ()) -> list[tuple[tuple[str,
 def _from_dict(fields: Mapping[Any, Any]) -> Any:
     """The state whose fields these are, for frameworks that make dicts of states, else None.
 
-    `nnx.state` leaves out what is empty, such as the state of a limit without a memory.
+    `nnx.state` leaves out what is empty: the state of a limit without a memory, a None, and that
+    `grad_norm` tells the norms of all arrays. So several norms count as those of arrays there.
     """
     for kind in (ClipState, SkipState, NonfiniteState):
         counters = {name for name in kind._fields if not name.endswith("_state")}
-        known = counters - {"grad_norm", "clip_measure", "clip_limit", "clip_factor"}
-        if known <= set(fields) <= set(kind._fields):
+        norms = {"grad_norm", "clip_measure", "clip_limit", "clip_factor", "layer_norms"}
+        if counters - norms <= set(fields) <= set(kind._fields):
             empty: dict[str, Any] = dict.fromkeys(kind._fields)
+            if isinstance(fields.get("grad_norm"), Mapping):
+                empty["layer_norms"] = ()
             return kind(**{**empty, **fields})
     return None
 
@@ -238,14 +278,6 @@ def _only_array(x: Any) -> jax.Array:
     """The array itself, also where a framework wrapped it (`nnx.OptArray`)."""
     (array,) = jax.tree.leaves(x)
     return array
-
-
-def _joint_norm(norms: list[jax.Array], axes: tuple[tuple[str, ...], ...]) -> jax.Array:
-    if len(norms) == 1 and norms[0].ndim == 0:
-        return norms[0]
-    if not any(axes):
-        return global_norm(stacked_scalars(norms), axis_name=())
-    return global_norm(norms, axis_name=[PartitionSpec(names or None) for names in axes])
 
 
 def _largest(values: list[jax.Array], axes: tuple[tuple[str, ...], ...]) -> jax.Array:

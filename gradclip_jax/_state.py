@@ -32,6 +32,8 @@ class ClipState(NamedTuple):
       clip_count: Number of updates in which what was measured was above its limit, int32.
       nonfinite_count: Number of updates in which it was not finite, int32.
       step_count: Number of updates, int32.
+      layer_norms: 2-norms of all arrays, or of the layers of those that stack layers, of a clip
+        that was built with `per_layer`. Empty where `grad_norm` tells them, else None.
       limit_state: State of the limit.
     """
 
@@ -42,6 +44,7 @@ class ClipState(NamedTuple):
     clip_count: jax.Array
     nonfinite_count: jax.Array
     step_count: jax.Array
+    layer_norms: Any
     limit_state: Any
 
 
@@ -63,10 +66,12 @@ def measured(state: ClipState) -> Any:
     return state.grad_norm if state.clip_measure is None else state.clip_measure
 
 
-def initial_state(norms: Norms, limit_state: Any, *, are_norms: bool = True) -> ClipState:
+def initial_state(
+    norms: Norms, limit_state: Any, *, are_norms: bool = True, layer_norms: Any = None
+) -> ClipState:
     """The state before the first update, for norms, or another measure, of these types."""
 
-    def full(number: float) -> Any:
+    def full(number: float, norms: Any = norms) -> Any:
         return jax.tree.map(functools.partial(filled_like, number), plain_norms(norms))
 
     # Each entry is an array of its own: a state with one array twice cannot be donated.
@@ -78,6 +83,7 @@ def initial_state(norms: Norms, limit_state: Any, *, are_norms: bool = True) -> 
         clip_count=jnp.zeros((), jnp.int32),
         nonfinite_count=jnp.zeros((), jnp.int32),
         step_count=jnp.zeros((), jnp.int32),
+        layer_norms=full(0.0, layer_norms),
         limit_state=limit_state,
     )
 
@@ -105,6 +111,7 @@ def next_state(
         clip_count=increment_if(state.clip_count, clipped),
         nonfinite_count=increment_if(state.nonfinite_count, nonfinite),
         step_count=increment_if(state.step_count, True),
+        layer_norms=state.layer_norms,
         limit_state=limit_state,
     )
 
@@ -198,7 +205,8 @@ def transformation(
 def _raise_for_state(state: Any, fresh: Any) -> None:
     check_type(state, type(fresh))
     if isinstance(fresh, ClipState):
-        check_norms(measured(fresh), state, are_norms=fresh.clip_measure is None)
+        are_norms = fresh.clip_measure is None
+        check_norms(measured(fresh), state, are_norms=are_norms, layer_norms=fresh.layer_norms)
     raise ValueError(
         "`updates` must have the structure of the params given to `init`, and `state` come from "
         f"this clip: it is {_kind(state)}, not {_kind(fresh)}. Call `init(params)`, or "
@@ -224,10 +232,15 @@ def _kind(state: Any) -> Any:
     return treedef, [(array.ndim, array.dtype.kind) for array in arrays]
 
 
-def check_norms(norms: Norms, state: ClipState, *, are_norms: bool = True) -> None:
+def check_norms(
+    norms: Norms, state: ClipState, *, are_norms: bool = True, layer_norms: Any = None
+) -> None:
     """Raise when norms (or another measure) are not those of the state, made by `init`."""
-    of_updates = {"grad_norm": norms if are_norms else None}
-    of_updates["clip_measure"] = None if are_norms else norms
+    of_updates = {
+        "grad_norm": norms if are_norms else None,
+        "clip_measure": None if are_norms else norms,
+        "layer_norms": layer_norms,
+    }
     for field, norms in of_updates.items():
         here, known = _ranks(plain_norms(norms)), _ranks(getattr(state, field))
         if here != known:

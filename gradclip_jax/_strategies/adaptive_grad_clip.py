@@ -81,7 +81,8 @@ def adaptive_grad_clip(
 
     def init(params: Params) -> ClipState:
         norms = measured_types(measure, params, axis_name)
-        return initial_state(norms, (init_threshold(ratio), init_threshold(least)))
+        limit_state = (init_threshold(ratio), init_threshold(least))
+        return initial_state(norms, limit_state, layer_norms=())
 
     def update(
         updates: Updates, state: ClipState, params: Params = None, **extra_args: Any

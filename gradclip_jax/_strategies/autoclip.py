@@ -9,6 +9,7 @@ from .._inject import strategy
 from .._limits import Limit
 from .._limits.window import new_window, percentile_of, push
 from .._norms import global_norm
+from .._per_layer import PerLayer
 from .._rescale import OnNonfinite
 from .._types import AxisName, Threshold
 
@@ -19,6 +20,7 @@ def autoclip(
     *,
     window: int = 1000,
     measure: Measure = global_norm,
+    per_layer: PerLayer = False,
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
@@ -36,6 +38,7 @@ def autoclip(
       window: W, the number of norms remembered, at least 1, one number each. The paper remembers
         all, which is the same for as long as there are no more than W.
       measure: See `clip_to_limit`; `leaf_norms` gives each array a limit and a window.
+      per_layer: See `clip_to_limit`.
       axis_name: See `global_norm`.
       on_nonfinite: See `clip_to_limit`; a norm that is not finite does not enter the window.
 
@@ -65,6 +68,7 @@ def autoclip(
     return clip_to_limit(
         _percentile_so_far(percentile, window),
         measure=measure,
+        per_layer=per_layer,
         axis_name=axis_name,
         on_nonfinite=on_nonfinite,
     )

@@ -9,6 +9,7 @@ from .._clip import clip_to_limit
 from .._inject import strategy
 from .._limits import constant
 from .._norms import check_order, global_norm
+from .._per_layer import PerLayer
 from .._rescale import OnNonfinite, Response, shrink
 from .._types import AxisName, Threshold
 
@@ -19,6 +20,7 @@ def clip_by_global_norm(
     *,
     order: float = 2,
     response: Response = shrink,
+    per_layer: PerLayer = False,
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
@@ -36,6 +38,7 @@ def clip_by_global_norm(
       order: Order p of the norm, at least 1; `inf` for the largest modulus. A norm of another
         order than 2 is the `clip_measure` of the metrics.
       response: `shrink`, or one of the smooth responses.
+      per_layer: See `clip_to_limit`.
       axis_name: See `global_norm`.
       on_nonfinite: See `clip_to_limit`.
 
@@ -63,6 +66,7 @@ def clip_by_global_norm(
         constant(max_norm),
         measure=measure,
         response=response,
+        per_layer=per_layer,
         axis_name=axis_name,
         on_nonfinite=on_nonfinite,
     )

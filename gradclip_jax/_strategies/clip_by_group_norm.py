@@ -12,6 +12,7 @@ from .._clip import clip_norms
 from .._inject import strategy
 from .._limits import Limits, constant, each, update_finite
 from .._norms import group_norms
+from .._per_layer import PerLayer
 from .._rescale import OnNonfinite
 from .._types import AxisName, Norms, Params, Threshold, Updates
 
@@ -21,6 +22,7 @@ def clip_by_group_norm(
     max_norm: Threshold | Mapping[Any, Threshold],
     *,
     labels: Any,
+    per_layer: PerLayer = False,
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
@@ -36,6 +38,7 @@ def clip_by_group_norm(
       max_norm: Largest norm of a group, as in `clip_by_global_norm`; or one for each label.
       labels: A prefix pytree of labels (strings or ints), or a callable that makes one from the
         tree, as in `optax.partition`; see `group_norms`.
+      per_layer: See `clip_to_limit`.
       axis_name: See `global_norm`.
       on_nonfinite: See `clip_to_limit`; a group with a NaN becomes zero, the others pass.
 
@@ -60,7 +63,11 @@ def clip_by_group_norm(
     """
     measure = functools.partial(group_norms, labels=labels)
     make = functools.partial(
-        clip_norms, measure=measure, axis_name=axis_name, on_nonfinite=on_nonfinite
+        clip_norms,
+        measure=measure,
+        per_layer=per_layer,
+        axis_name=axis_name,
+        on_nonfinite=on_nonfinite,
     )
     if not isinstance(max_norm, Mapping):
         return make(each(constant(check_threshold("max_norm", max_norm))))

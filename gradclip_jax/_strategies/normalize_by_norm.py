@@ -9,6 +9,7 @@ from .._clip import clip_to_limit
 from .._inject import strategy
 from .._limits import constant
 from .._norms import check_order, global_norm
+from .._per_layer import PerLayer
 from .._rescale import OnNonfinite, normalize
 from .._types import AxisName, Threshold
 
@@ -18,6 +19,7 @@ def normalize_by_norm(
     max_norm: Threshold = 1.0,
     *,
     order: float = 2,
+    per_layer: PerLayer = False,
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
@@ -33,6 +35,7 @@ def normalize_by_norm(
       max_norm: The norm that every gradient gets, non-negative. 0 gives zeros; `inf` or None
         changes nothing and still measures.
       order: Order p of the norm, at least 1; see `clip_by_global_norm`.
+      per_layer: See `clip_to_limit`.
       axis_name: See `global_norm`.
       on_nonfinite: See `clip_to_limit`.
 
@@ -58,6 +61,7 @@ def normalize_by_norm(
         constant(max_norm),
         measure=measure,
         response=normalize,
+        per_layer=per_layer,
         axis_name=axis_name,
         on_nonfinite=on_nonfinite,
     )

@@ -8,6 +8,7 @@ from .._inject import strategy
 from .._limits import constant, minimum
 from .._limits.zscore import zscore
 from .._norms import global_norm
+from .._per_layer import PerLayer
 from .._rescale import OnNonfinite
 from .._types import AxisName, Threshold
 
@@ -20,6 +21,7 @@ def zclip(
     warmup_steps: int = 25,
     max_norm: Threshold = 1.0,
     measure: Measure = global_norm,
+    per_layer: PerLayer = False,
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
@@ -40,6 +42,7 @@ def zclip(
       max_norm: A cap from the first step on, as in `clip_by_global_norm`; 1.0 in the authors'
         code. None for none. It does not enter the statistics.
       measure: See `clip_to_limit`; `leaf_norms` gives each array a limit and statistics.
+      per_layer: See `clip_to_limit`.
       axis_name: See `global_norm`.
       on_nonfinite: See `clip_to_limit`; a norm that is not finite leaves the statistics alone.
 
@@ -68,6 +71,7 @@ def zclip(
     return clip_to_limit(
         minimum(zscore(z_max, decay=decay, warmup_steps=warmup_steps), cap),
         measure=measure,
+        per_layer=per_layer,
         axis_name=axis_name,
         on_nonfinite=on_nonfinite,
     )

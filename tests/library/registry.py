@@ -237,6 +237,11 @@ OURS = [
     Strategy(
         "clip_by_global_norm[drop]", responding(gradclip_jax.responses.drop), everything, drops=True
     ),
+    Strategy(
+        "clip_by_global_norm[per_layer]",
+        functools.partial(gradclip_jax.clip_by_global_norm, per_layer=True),
+        everything,
+    ),
     Strategy("clip_by_norm", gradclip_jax.clip_by_norm, leaves),
     Strategy(
         "clip_by_unit_norm",

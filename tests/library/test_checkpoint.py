@@ -1,5 +1,7 @@
 """Saved and restored, with flax or with orbax, a run continues bit for bit."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -52,6 +54,7 @@ def test_a_restored_run_continues_bit_for_bit(strategy, tmp_path):
     "make",
     [
         gradclip_jax.clip_by_global_norm,
+        functools.partial(gradclip_jax.clip_by_global_norm, per_layer=True),
         gradclip_jax.clip_by_norm,
         gradclip_jax.clip_by_unit_norm,
         lambda limit: gradclip_jax.clip_by_group_norm(limit, labels={"kernel": "a", "bias": "b"}),

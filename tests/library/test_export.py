@@ -31,6 +31,7 @@ STATES = {
     "EmaState": clip_to_limit(gradclip_jax.limits.ema()),
     "MeanState": clip_to_limit(gradclip_jax.limits.ema(), measure=gradclip_jax.leaf_norms),
     "groups": clip_to_limit(1.0, measure=lambda tree, axis_name: group_norms(tree, labels=labels)),
+    "layers": gradclip_jax.clip_by_global_norm(1.0, per_layer=lambda path, leaf: 0),
     "spam_clip": gradclip_jax.spam_clip(),
     "percentile": clip_to_limit(gradclip_jax.limits.percentile(window=4)),
 }
