@@ -22,11 +22,20 @@ def upgrade_state(saved: Any, fresh: Any) -> Any:
       fresh: `optimizer.init(params)` of the new optimizer.
 
     Returns:
+<<<<<<< HEAD
       `fresh` with all of `saved` that does not belong to a clip, and with the state of each clip
       that is still at its place and has the same shapes. A place is given by what contains it
       (classes, fields, keys) and by the order, so that a chain may grow, or an optimizer may
       become the last part of a chain. Of two neighboring clips with states of one type, the first
       is the old one. Guards (`skip_nonfinite`, `error_feedback`, …) may be new or gone, too.
+=======
+      `fresh`, with all of `saved` that is not of a clip, and of each clip that is still at its
+      place with a state of the same shapes what it has learned. Places are told by what contains
+      them (classes, fields, keys) and by order, so that a chain may be longer, or an optimizer
+      alone become the last part of one. Of two clips side by side with states alike, the first
+      is the old one. Guards (`skip_nonfinite`, …) may be new or gone, and
+      `per_layer` of a clip may change.
+>>>>>>> c6c9139 (Let a run begin to keep norms of layers without forgetting what its clip has learned)
 
     Raises:
       ValueError: When an array of `saved` has no place in `fresh` or another shape or dtype there,
@@ -50,8 +59,16 @@ def upgrade_state(saved: Any, fresh: Any) -> Any:
             f"place in `fresh`. {_TEMPLATE}"
         )
     source |= _of_clips(old, new, source)
+<<<<<<< HEAD
     values = [old[source[i]].value if i in source else part.value for i, part in enumerate(new)]
     return _join_guards(jax.tree.structure(fresh, is_leaf=_is_clip).unflatten(values))
+=======
+    values = [
+        _with_layers_of(part.value, old[source[i]].value) if i in source else part.value
+        for i, part in enumerate(new)
+    ]
+    return _together(jax.tree.structure(fresh, is_leaf=_is_clip).unflatten(values))
+>>>>>>> c6c9139 (Let a run begin to keep norms of layers without forgetting what its clip has learned)
 
 
 _TEMPLATE = "Restore it with the `init` of the old optimizer as the template."
@@ -207,6 +224,30 @@ def _type(leaf: Any) -> str:
     return f"{array.dtype}{list(array.shape)}"
 
 
-def _type_of_clip(state: Any) -> Any:
-    leaves, treedef = jax.tree.flatten(state)
+def _types(tree: Any) -> tuple[Any, list[str]]:
+    leaves, treedef = jax.tree.flatten(tree)
     return treedef, [_type(leaf) for leaf in leaves]
+
+
+def _type_of_clip(state: Any) -> tuple[Any, list[str]]:
+    """The type of its state, without norms of layers: a run may begin to keep them at any time."""
+
+    def without_layers(x: Any) -> Any:
+        return x._replace(layer_norms=()) if _is_state(x) else x
+
+    return _types(jax.tree.map(without_layers, state, is_leaf=_is_state))
+
+
+def _with_layers_of(fresh: Any, saved: Any) -> Any:
+    """What was saved, with the norms of layers that the new clip keeps."""
+
+    def with_layers(saved: Any, fresh: Any) -> Any:
+        if not _is_state(saved) or _types(saved.layer_norms) == _types(fresh.layer_norms):
+            return saved
+        return saved._replace(layer_norms=fresh.layer_norms)
+
+    return jax.tree.map(with_layers, saved, fresh, is_leaf=_is_state)
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, ClipState)

@@ -114,6 +114,40 @@ def test_what_a_clip_has_learned_stays_unless_its_shapes_changed():
     goes_on(old, optax.chain(ADAM, QUANTILE), taken=[0])
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda clip: clip,
+        gradclip_jax.skip_nonfinite,
+        gradclip_jax.error_feedback,
+        lambda clip: optax.inject_hyperparams(lambda rate: clip)(0.1),
+    ],
+    ids=["clip", "skip_nonfinite", "error_feedback", "injected"],
+)
+def test_a_run_may_begin_and_cease_to_keep_norms_of_layers(wrap):
+    """What the limit has learned stays; the norms of other layers do not."""
+
+    def chain(**options):
+        return optax.chain(wrap(clip_to_limit(percentile(window=4), **options)), ADAM)
+
+    def learned(state):
+        is_clip = lambda x: isinstance(x, gradclip_jax.ClipState)  # noqa: E731
+        (clip,) = filter(is_clip, jax.tree.leaves(state, is_leaf=is_clip))
+        return clip._replace(layer_norms=())
+
+    def axis(path, leaf):
+        return 0
+
+    kinds = [{}, {"per_layer": True}, {"per_layer": axis}]
+    for options in kinds:
+        old = chain(**options)
+        for others in kinds:
+            state = goes_on(old, chain(**others), taken=[3])
+            jax.tree.map(np.testing.assert_array_equal, learned(state), learned(trained(old)))
+        same = upgrade_state(trained(old), old.init(PARAMS))
+        jax.tree.map(np.testing.assert_array_equal, same, trained(old))
+
+
 NESTED = {
     "MultiSteps": lambda chain: optax.MultiSteps(chain, 2),
     "inject": lambda chain: optax.inject_hyperparams(lambda rate: chain)(0.1),
