@@ -22,20 +22,12 @@ def upgrade_state(saved: Any, fresh: Any) -> Any:
       fresh: `optimizer.init(params)` of the new optimizer.
 
     Returns:
-<<<<<<< HEAD
       `fresh` with all of `saved` that does not belong to a clip, and with the state of each clip
       that is still at its place and has the same shapes. A place is given by what contains it
       (classes, fields, keys) and by the order, so that a chain may grow, or an optimizer may
       become the last part of a chain. Of two neighboring clips with states of one type, the first
-      is the old one. Guards (`skip_nonfinite`, `error_feedback`, …) may be new or gone, too.
-=======
-      `fresh`, with all of `saved` that is not of a clip, and of each clip that is still at its
-      place with a state of the same shapes what it has learned. Places are told by what contains
-      them (classes, fields, keys) and by order, so that a chain may be longer, or an optimizer
-      alone become the last part of one. Of two clips side by side with states alike, the first
       is the old one. Guards (`skip_nonfinite`, …) may be new or gone, and
       `per_layer` of a clip may change.
->>>>>>> c6c9139 (Let a run begin to keep norms of layers without forgetting what its clip has learned)
 
     Raises:
       ValueError: When an array of `saved` has no place in `fresh` or another shape or dtype there,
@@ -59,16 +51,11 @@ def upgrade_state(saved: Any, fresh: Any) -> Any:
             f"place in `fresh`. {_TEMPLATE}"
         )
     source |= _of_clips(old, new, source)
-<<<<<<< HEAD
-    values = [old[source[i]].value if i in source else part.value for i, part in enumerate(new)]
-    return _join_guards(jax.tree.structure(fresh, is_leaf=_is_clip).unflatten(values))
-=======
     values = [
         _with_layers_of(part.value, old[source[i]].value) if i in source else part.value
         for i, part in enumerate(new)
     ]
-    return _together(jax.tree.structure(fresh, is_leaf=_is_clip).unflatten(values))
->>>>>>> c6c9139 (Let a run begin to keep norms of layers without forgetting what its clip has learned)
+    return _join_guards(jax.tree.structure(fresh, is_leaf=_is_clip).unflatten(values))
 
 
 _TEMPLATE = "Restore it with the `init` of the old optimizer as the template."

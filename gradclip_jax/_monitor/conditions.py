@@ -293,7 +293,11 @@ class DominatingLeaf:
 
     def __call__(self, row: Row, recent: Recent) -> Finding | None:
         """Report one leaf that is the largest of 20 records, with a median share of 95 %."""
-        squares = {path: x * x for path, x in row.leaves.items() if math.isfinite(x)}
+        # A stack counts by its layers, `blocks/w/0`, and not once more as a whole.
+        stacks = {path.rpartition("/")[0] for path in row.leaves}
+        squares = {
+            path: x * x for path, x in row.leaves.items() if math.isfinite(x) and path not in stacks
+        }
         total = math.fsum(squares.values())
         if len(squares) < self.MIN_LEAVES or not 0 < total < math.inf:
             return None

@@ -298,14 +298,14 @@ class Monitor:
         """Plot the norm of each leaf over the steps, as colors.
 
         Raises:
-          ValueError: When no norms of leaves were recorded: `metrics(state, per_group=True)` of a
-            clip with a norm for each leaf has them.
+          ValueError: When no norms of leaves were recorded: `metrics(state, per_layer=True)` of a
+            clip that keeps them has them.
         """
         with self._lock:
             steps, leaf_norms = self._nonempty_history()["step"], self.leaf_norms
         if not leaf_norms:
             raise ValueError(
-                "`metrics` must have norms of leaves (`per_group=True`), got none in any record."
+                "`metrics` must have norms of leaves (`per_layer=True`), got none in any record."
             )
         return _save(draw_leaves(steps, leaf_norms), path)
 

@@ -576,6 +576,10 @@ def test_a_leaf_that_dominates_the_norm():
     numbers = {f"grad_norm/{name}": 1 + row for name, row in zip("abc", noise, strict=True)}
     assert alerts_of(numbers) == []
     (alert,) = alerts_of(numbers | {"grad_norm/b": 20 + noise[1]})
+    # As a stack with one layer of that norm: the whole has as much of it, but is no other leaf.
+    whole = {"grad_norm/b": 20 + noise[1], "grad_norm/b/0": 1 + noise[0]}
+    (of_layer,) = alerts_of(numbers | whole | {"grad_norm/b/1": 20 + noise[1]})
+    assert of_layer.message.startswith("`b/1` has had 9")
     assert (alert.kind, alert.step) == ("dominating_leaf", 19)
     assert "`b` has had 98.9% of the squared norm of 3 leaves since step 0" in alert.message
 

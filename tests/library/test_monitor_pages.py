@@ -63,7 +63,7 @@ def test_a_run_without_leaves_loss_or_limit_is_drawn_too(tmp_path):
     bare.record(0, {"grad_norm": 1.0})
     assert len(bare.plot().axes) == 1
     bare.save_html(tmp_path / "run.html")
-    with pytest.raises(ValueError, match="`per_group=True`"):
+    with pytest.raises(ValueError, match="`per_layer=True`"):
         bare.plot_leaves()
     with pytest.raises(ValueError, match="nothing was recorded"):
         gradclip_jax.Monitor().plot()
