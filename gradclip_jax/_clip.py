@@ -26,7 +26,6 @@ from ._rescale import (
     Factor,
     OnNonfinite,
     Response,
-    check_on_nonfinite,
     check_response,
     factors,
     nonfinite_fill,
@@ -163,7 +162,7 @@ def clip_norms(
         )
     _check_measure(measure)
     check_response(response)
-    check_on_nonfinite(on_nonfinite)
+    nonfinite_fill(on_nonfinite)
     check_per_layer(per_layer, measure)
     are_norms, has_layers = gives_norms(measure), keeps_layers(per_layer, measure)
     known_layers = () if gives_norms_of_arrays(measure) else None

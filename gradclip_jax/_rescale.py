@@ -149,11 +149,6 @@ def nonfinite_fill(on_nonfinite: str) -> float:
     return math.nan if on_nonfinite == "propagate" else 0.0
 
 
-def check_on_nonfinite(on_nonfinite: str) -> None:
-    """Raise for a policy that does not exist."""
-    nonfinite_fill(on_nonfinite)
-
-
 def factors(norm: jax.Array, limit: jax.Array, response: Response) -> Factor:
     """The factor of a response to each norm and limit.
 

@@ -8,7 +8,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
-from .._devices import axis_size, manual_axes, varying_axes, vma_checked
+from .._devices import axis_names, axis_size, manual_axes, varying_axes, vma_checked
 from .._leaves import path_name
 
 
@@ -57,7 +57,7 @@ def mesh_of(tree: Any) -> contextlib.AbstractContextManager[Any]:
 def shards_of_axis0(x: Any) -> int:
     """Into how many parts explicit mesh axes split the first dimension."""
     sharding = jax.typeof(x).sharding
-    return math.prod(sharding.mesh.shape[name] for name in _axis_names(sharding.spec[:1]))
+    return math.prod(sharding.mesh.shape[name] for name in axis_names(tuple(sharding.spec[:1])))
 
 
 def replicate_axis0(x: jax.Array) -> jax.Array:
@@ -75,12 +75,7 @@ def out_sharding_of(x: jax.Array, *dimensions: tuple[jax.Array, int]) -> Any:
     The explicit mesh axes are those of `x`; None if it has none: then the compiler decides.
     """
     sharding = jax.typeof(x).sharding
-    if not _axis_names(sharding.spec):
+    if not any(axis_names(sharding.spec)):
         return None
     entries = [jax.typeof(other).sharding.spec[dim] for other, dim in dimensions]
     return sharding.update(spec=PartitionSpec(*entries))
-
-
-def _axis_names(entries: Any) -> list[str]:
-    """The mesh axes in entries of a PartitionSpec: each is None, a name or names."""
-    return jax.tree.leaves(tuple(entries))

@@ -13,7 +13,7 @@ from .._devices import of_pair
 from .._inject import strategy
 from .._limits import constant
 from .._norms import Axes, unit_norms
-from .._rescale import OnNonfinite, check_on_nonfinite
+from .._rescale import OnNonfinite, nonfinite_fill
 from .._state import (
     ClipState,
     check_params,
@@ -74,7 +74,7 @@ def adaptive_grad_clip(
     Brock, De, Smith, Simonyan, *High-Performance Large-Scale Image Recognition Without
     Normalization*, ICML 2021, https://arxiv.org/abs/2102.06171, equation 3.
     """
-    check_on_nonfinite(on_nonfinite)
+    nonfinite_fill(on_nonfinite)
     ratio = constant(check_threshold("clipping", clipping))
     least = constant(check_threshold("eps", eps))
     measure = functools.partial(unit_norms, axes=nfnets_axes if axes is None else axes)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -407,10 +408,11 @@ def test_clips_made_anew_share_one_compiled_program(make):
     x = jnp.ones((3, 5))
     apply_eagerly = make(1.0)
     apply_eagerly.update(x, apply_eagerly.init(x))
-    programs = spectral_module._clip_matrices._cache_size()
+    clip_matrices: Any = spectral_module._clip_matrices
+    programs = clip_matrices._cache_size()
     again = make(2.0)
     again.update(x, again.init(x))
-    assert spectral_module._clip_matrices._cache_size() == programs
+    assert clip_matrices._cache_size() == programs
 
 
 def test_a_factor_below_the_smallest_float32_is_shared_by_two_steps():
