@@ -31,6 +31,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from shared.command_line import InputError, check_number, command_line, console, run
 from shared.loop import train
+from shared.model import measured_by_clip
 from shared.recurrent import CELLS, Recurrent, uniform
 from shared.results import save_results, stopwatch
 from sklearn.ensemble import HistGradientBoostingClassifier
@@ -235,7 +236,7 @@ def update(graph, optimizer, batch, state, number, key, x, y):
 
     loss, grads = jax.value_and_grad(objective)(params)
     updates, opt_state = optimizer.update(grads, opt_state, params)
-    scalars = {"loss": loss, **gradclip_jax.metrics(opt_state)}
+    scalars = {"loss": loss, **measured_by_clip(opt_state)}
     return (optax.apply_updates(params, updates), opt_state), scalars
 
 
@@ -383,7 +384,7 @@ def check_clip(config: dict[str, Any]) -> None:
         raise InputError(
             f"`--config` must describe a clip at gradient_clip, got {config}: {error}"
         ) from None
-    measured = gradclip_jax.metrics(clip.init({"w": jnp.zeros((2, 2))}))
+    measured = measured_by_clip(clip.init({"w": jnp.zeros((2, 2))}))
     if not measured.keys() >= {"grad_norm", "clipped"}:
         raise InputError(
             f"`--config` must have a clip that measures a norm at gradient_clip, got {config}."

@@ -36,7 +36,7 @@ from flax import nnx
 from shared.command_line import InputError, Parser, console, writing
 from shared.data import Corpus, WittenBell, load_corpus, segments, user_cache
 from shared.dialogues import KINDS, context, generated, questions, readable
-from shared.model import LanguageModel, replies, sample, score, train_step
+from shared.model import LanguageModel, measured_by_clip, replies, sample, score, train_step
 from shared.recurrent import CELLS
 from shared.run import (
     SCALARS,
@@ -265,7 +265,7 @@ def build_optimizer(
 
     def one_step(params):
         _, state = chain.update(params, chain.init(params), params)
-        return gradclip_jax.metrics(state)
+        return measured_by_clip(state)
 
     try:  # what only fails in use (a missing `value_fn`) shall fail before anything is written
         measured = jax.eval_shape(one_step, {"w": jnp.zeros((2, 2)), "b": jnp.zeros(2)})

@@ -151,6 +151,8 @@ def test_the_clip_may_be_any_strategy_and_keeps_its_method_where_only_the_thresh
 
     assert clip_of({"threshold": 2.0}) == {"method": "clip_by_norm", "threshold": 2.0}
     assert clip_of({"method": "zclip", "z_max": 3}) == {"method": "zclip", "z_max": 3}
+    value = {"method": "clip_by_value", "threshold": 1.0}  # what it measures is no norm
+    assert clip_of(value) == value
 
 
 def test_a_config_that_is_missing_or_damaged_is_named(tmp_path, capsys):
