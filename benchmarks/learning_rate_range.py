@@ -320,7 +320,8 @@ Characters of {text}, {units} units, batches of {batch} × {length} characters,
 {steps} steps, {seeds} seeds. The LSTM (1 layer) is trained by SGD, the Transformer (2 layers) by
 AdamW with b2 0.999; learning rates are constant and there is no warm-up. Clips have the defaults of
 the library and none was tuned; `constant` is `clip_by_global_norm({max_norm:g})`, and
-`capped-percentile` has the lower of both limits, `minimum(percentile(95.0), {max_norm:g})`.
+`capped-percentile` has the lower of both limits,
+`limits.minimum(limits.percentile(95.0), {max_norm:g})`.
 
 In the corrupted runs one step in {period} is corrupted, from step {first} on, when all windows and
 warm-ups are over: its characters are random, and its loss is multiplied by {gain:g}.
