@@ -1,4 +1,4 @@
-"""A moving average of the norms, and so many deviations more."""
+"""An exponential moving average of the norms plus k standard deviations."""
 
 from typing import NamedTuple
 
@@ -38,25 +38,28 @@ def ema(
     target: tuple[float, float] | None = None,
     warmup_steps: int = 25,
 ) -> Limit:
-    r"""So many deviations above a moving average of the past.
+    r"""An exponential moving average of the norms plus k standard deviations: the rule of 3 sigma.
 
     $$ L_t = r \mu_t + k \sigma_t, \qquad
        \mu_t = \sum_{s<t} w_s x_s, \quad \sigma_t^2 = \sum_{s<t} w_s (x_s - \mu_t)^2, \quad
        w_s \propto \beta^{t-s}, \quad x_s = \min(n_s, L_s) $$
 
-    The weights sum to 1, which is the usual bias correction. In the warm-up the limit is infinite
-    and norms enter as they are. Sigma counts as a thousandth of mu at least, so a constant stream
-    never fires. A norm of 0 does not enter. Spikes enter as clipped, at mu + k sigma: that bounds
-    what one of them can do, and still widens sigma by 4 % a step, so the limit follows a lasting
-    rise.
+    For spikes above a level that drifts or jumps: a clipped norm widens sigma by 4 % a step, so
+    that a lasting rise passes in the end. The weights sum to 1 (bias correction).
 
     Args:
-      k: Number of deviations, finite and non-negative.
-      decay: beta, the weight of the past, between 0 and 1 (exclusive).
-      ratio: r, at least 1: `ema(0.0, ratio=2.0)` is twice the mean.
-      target: None, or a pair of a ratio above 0 and a decay. Then the above is only the trigger:
-        a norm beyond it is clipped to so many times a mean of that decay, and enters so.
-      warmup_steps: Norms in the warm-up, at least 1.
+      k: Number of deviations, finite and non-negative; 3 is usual.
+      decay: beta, the weight of the past, between 0 and 1 (exclusive); 0.99 remembers 100 steps.
+      ratio: r, at least 1, for multiples of the mean: `ema(0.0, ratio=2.0)` is twice the mean.
+      target: None, or a pair (ratio, decay) with a ratio above 0: a norm above the limit is clipped
+        to that ratio of a mean with that decay. `ema(0.0, ratio=2.0, target=(1.1, 0.9))` is the
+        rule of PDE-Transformer.
+      warmup_steps: Norms in the warm-up, at least 1. During the warm-up the limit is infinite:
+        `minimum(ema(), 1.0)` clips from the first step.
+
+    Returns:
+      A `Limit`. Sigma counts as a thousandth of mu at least, so that a constant stream is never
+      clipped. Zero norms (frozen layers), NaN and infinity are ignored.
 
     Raises:
       ValueError: For a number outside of its range.
@@ -70,6 +73,9 @@ def ema(
     ...     print(limit)
     inf
     6.0
+
+    As in smartclip and Open-Sora Plan 1.5; `target` from Holzschuh et al., *PDE-Transformer*, 2025,
+    https://arxiv.org/abs/2505.24717. The guide on adaptive limits has our departures.
     """
     k = check_number("k", k, "be a finite number of at least 0", 0)
     decay = check_between_0_and_1("decay", decay)

@@ -1,4 +1,4 @@
-"""Growth: a norm may be so many times the one before, and not more."""
+"""Growth: a norm may be a ratio times the norm before it, and not more."""
 
 from typing import NamedTuple
 
@@ -24,18 +24,24 @@ class GrowthState(NamedTuple):
 
 
 def growth(ratio: Threshold = 1.01, *, floor: float = 0.1) -> Limit:
-    r"""The norm that passed last, times a ratio.
+    r"""The last norm that passed times a ratio: a norm may grow by a factor per step.
 
     $$ L_t = \max(\gamma x_{t-1}, \; \varphi \bar x_{t-1}), \qquad x_t = \min(n_t, L_t) $$
 
-    with a moving average of what passed (decay 0.99, free of bias). The first norm passes, and so
-    does a constant stream. Without the floor one small norm would be the new level: a thousandth
-    costs 694 steps at a ratio of 1.01. A norm of 0 is no level and does not enter.
+    with the moving average of x (decay 0.99, bias corrected). For updates that should grow
+    smoothly, behind a preconditioner or a low-rank optimizer: `limit_norm_growth` gives each array
+    such a limit.
 
     Args:
-      ratio: gamma, the most by which a norm may grow in one step, above 1.
-      floor: phi, the share of the average below which the limit does not fall, from 0 (none) to 1.
-        After a small norm it takes some ln(1 / phi) / ln(gamma) steps to be back.
+      ratio: gamma, the largest growth of a norm in one step, above 1; 1.01 in the papers, which
+        doubles in 70 steps.
+      floor: phi, the share of the average below which the limit does not fall, from 0 (no floor,
+        as in the papers) to 1. After a small norm the limit is back in ln(1 / phi) / ln(gamma)
+        steps; without a floor a norm of a thousandth costs 694 steps at a ratio of 1.01.
+
+    Returns:
+      A `Limit`. The first norm passes, and so does a constant stream. Zero norms (frozen layers),
+      NaN and infinity are ignored.
 
     Raises:
       ValueError: For a number outside of its range.
@@ -50,6 +56,9 @@ def growth(ratio: Threshold = 1.01, *, floor: float = 0.1) -> Limit:
     inf
     2.0
     4.0
+
+    Chen et al., *Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?*, 2024,
+    https://arxiv.org/abs/2410.01623; `limit_norm_growth` has our departures.
     """
     ratio = check_above("ratio", ratio, 1)
     floor = check_number("floor", floor, "lie between 0 and 1", 0, 1)

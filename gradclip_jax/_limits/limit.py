@@ -15,15 +15,15 @@ from .._types import Norms, Params, Threshold, Updates
 
 
 class Limit(NamedTuple):
-    """A recurrence on norms: a pair of functions, and whether it learns from what it sees.
+    """A recurrence on norms: a pair of functions, and whether it is adaptive.
 
     Attributes:
       init: `norm -> state`. Gets an array of zeros of the shape and dtype of the norms.
       update: `(norm, state) -> (limit, state)`. Elementwise: the limit has the shape of the norm,
-        and the trailing axes of every array in the state of a limit that learns are those of the
+        and the trailing axes of every array in the state of an adaptive limit are those of the
         norm.
-      adaptive: Whether the state takes in the norm. If so, a norm that is not finite leaves the
-        state as it was, element by element (`update_finite` sees to it). A clock does not learn.
+      adaptive: Whether the state takes in the norm. If so, a NaN or infinite norm leaves the state
+        as it was, element by element (`update_finite` does that). A clock is not adaptive.
     """
 
     init: Callable[[jax.Array], Any]
@@ -123,7 +123,7 @@ def maximum(a: Limit | Threshold, b: Limit | Threshold) -> Limit:
 
 
 def update_finite(limit: Limit, norm: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-    """Update a limit, but let no norm that is not finite enter what it has learned."""
+    """Update a limit; a NaN or infinite norm leaves the state of an adaptive limit as it was."""
     if not limit.adaptive:
         return limit.update(norm, state)
     finite = jnp.isfinite(norm)
@@ -134,7 +134,7 @@ def update_finite(limit: Limit, norm: jax.Array, state: Any) -> tuple[jax.Array,
 def update_each(
     limit: Limit, norms: Sequence[jax.Array], states: Sequence[Any]
 ) -> tuple[list[jax.Array], list[Any]]:
-    """Observe each of several norms with its own state: the limits, and the states."""
+    """Update the limit of each of several norms, with a state of its own for each."""
     found = elementwise(functools.partial(update_finite, limit), norms, states)
     return [value for value, _ in found], [state for _, state in found]
 

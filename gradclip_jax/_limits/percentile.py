@@ -10,21 +10,28 @@ from .window import is_full, new_window, percentile_of, push
 
 
 def percentile(percentile: Threshold = 95.0, *, window: int = 128) -> Limit:
-    r"""The percentile of the last `window` norms, before this one.
+    r"""A percentile of the last `window` norms, without the current one.
 
     $$ L_t = P_p(n_{t-W}, \dots, n_{t-1}), \qquad L_t = \infty \text{ for } t \le W $$
 
-    Norms enter as they are, not as clipped, so that the limit follows a lasting change. The
-    percentile is exact, linear between ranks as in `np.percentile`. A constant stream never
-    fires. Norms that are not finite do not enter.
+    For rare spikes, when you know which share of the steps to clip but not the norm: about
+    1 - p/100 of the steps are clipped while the norms keep their distribution.
 
     Args:
-      percentile: p, between 0 and 100; a number, a scalar array or a traced value.
-      window: W, the number of norms remembered, at least 1. Until as many are there the limit is
-        infinite: `minimum(percentile(), 1.0)` clips from the first step.
+      percentile: p, between 0 and 100; 95 in the source. A number, a scalar array or a traced
+        value.
+      window: W, the number of norms remembered, at least 1; 128 in the source. The limit is
+        infinite until the window is full: `minimum(percentile(), 1.0)` clips from the first step.
+
+    Returns:
+      A `Limit`. The window holds raw norms, not clipped ones, so the limit follows a lasting
+      change: by default a rise passes from its 9th step, and up to 6 spikes in the window do not
+      lift the limit above the other norms. A constant stream is never clipped. NaN and infinity
+      stay out of the window. The percentile is linear between ranks, as in `np.percentile`.
 
     Raises:
-      ValueError: For a percentile or a window that may not be.
+      ValueError: For a percentile outside of 0 to 100, or a window that is not a whole number of
+        at least 1.
 
     >>> import jax.numpy as jnp
     >>> from gradclip_jax.limits import percentile
@@ -36,6 +43,10 @@ def percentile(percentile: Threshold = 95.0, *, window: int = 128) -> Limit:
     inf
     inf
     2.0
+
+    Golub, *Recurrent Whisperer*, 2018, https://github.com/mattgolub/recurrent-whisperer, class
+    `AdaptiveGradNormClip`, for the defaults; Xiang et al., *Structured 3D Latents for Scalable and
+    Versatile 3D Generation*, 2025, https://arxiv.org/abs/2412.01506, for the past alone.
     """
     percentile, window = check_percentile(percentile), check_whole_number("window", window)
 

@@ -1,4 +1,4 @@
-"""A quantile of the norms, followed by one number that goes up or down a step."""
+"""A running quantile of the norms: one scalar that goes up or down a step."""
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +12,24 @@ from .moments import unless_zero
 def running_quantile(
     quantile: Threshold = 0.5, *, learning_rate: float = 0.2, init: float = 1.0
 ) -> Limit:
-    r"""A running quantile: the limit falls after a norm below it, and rises after one above it.
+    r"""A running quantile in one scalar: the limit falls after a norm below it, else it rises.
 
     $$ L_{t+1} = L_t \exp(-\eta (b_t - q)), \qquad b_t = [n_t \le L_t], \qquad L_1 = \text{init} $$
 
-    At rest a share q of the norms is at or below the limit; of a constant stream too, around
-    which it goes up and down. Norms enter as they are, by the comparison alone: a spike of any
-    size moves the limit by one step. A norm of 0, as of a frozen layer, does not enter.
+    When you know which share of the steps to clip but not the norm: the cheapest adaptive limit,
+    and a spike of any size moves it by one step only.
 
     Args:
-      quantile: q, between 0 and 1 (exclusive); a number, a scalar array or a traced value.
-      learning_rate: eta, above 0: a step up is a factor exp(eta q), one down exp(-eta (1 - q)).
-      init: The first limit, above 0; from a limit that is wrong by a factor r it takes
-        ln(r) / (eta q) steps up, or ln(r) / (eta (1 - q)) down.
+      quantile: q, between 0 and 1 (exclusive): the share of steps that pass. 0.5 in the paper; 0.9
+        clips one step in ten. A number, a scalar array or a traced value.
+      learning_rate: eta, above 0; 0.2 in the paper. A step up is a factor exp(eta q), one down
+        exp(-eta (1 - q)): 10 % by default.
+      init: The first limit, above 0, in units of the norm; 0.1 in the paper.
+
+    Returns:
+      A `Limit` without a warm-up. From a limit that is wrong by a factor of 10 it takes 24 steps
+      by default; with q = 0.9 13 up, 116 down. Of a constant stream a share 1 - q is clipped, too,
+      by at most 1 - exp(-eta (1 - q)). Zero norms (frozen layers), NaN and infinity are ignored.
 
     Raises:
       ValueError: For a number outside of its range.
@@ -39,6 +44,11 @@ def running_quantile(
     1.0000
     0.9048
     1.0000
+
+    Andrew, Thakkar, McMahan, Ramaswamy, *Differentially Private Learning with Adaptive Clipping*,
+    NeurIPS 2021, https://arxiv.org/abs/1905.03871, algorithm 1, the geometric update, for one
+    gradient and without noise: it is not private (`per_example.quantile_step`
+    is).
     """
     share = check_between_0_and_1("quantile", quantile)
     rate = check_above("learning_rate", learning_rate, 0)

@@ -1,4 +1,4 @@
-"""The z-score of a norm: what is too far above the mean goes back towards it."""
+"""The z-score of a norm: a norm too far above the mean is clipped to near the mean."""
 
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ class ZScoreState(NamedTuple):
 
 
 def zscore(z_max: Threshold = 2.5, *, decay: Threshold = 0.97, warmup_steps: int = 25) -> Limit:
-    r"""Where the z-score of a norm is above `z_max`, a limit that is the lower the higher it is.
+    r"""The z-score of a norm: above `z_max` the limit falls back towards the mean.
 
     $$ z_t = \frac{n_t - \mu}{\sigma}, \qquad
        L_t = \mu + z_\text{max}^2 \sigma / z_t \text{ if } z_t > z_\text{max}, \qquad
@@ -30,17 +30,19 @@ def zscore(z_max: Threshold = 2.5, *, decay: Threshold = 0.97, warmup_steps: int
     $$ \mu' = \alpha \mu + (1 - \alpha) x_t, \qquad
        \sigma'^2 = \alpha \sigma^2 + (1 - \alpha)(x_t - \mu')^2 $$
 
-    Below the trigger the limit is the trigger, mu + z_max sigma. In the warm-up it is infinite,
-    norms enter as they are, and mu and sigma are their population mean and deviation. Sigma counts
-    as a thousandth of mu at least, so a constant stream never fires. A norm of 0 does not enter.
-
-    The further a norm is above the mean, the nearer it comes to it, and the less the mean moves:
-    a lasting rise is held at the old level for good (see `zclip`). `ema` follows one.
+    and mu + z_max sigma otherwise. For rare spikes above a level that moves slowly. The larger a
+    spike, the nearer the mean it is clipped to, and the less it moves the mean: a lasting rise may
+    never pass (see `zclip`). `ema` follows one.
 
     Args:
-      z_max: Largest z-score that passes, finite and non-negative.
-      decay: alpha, the weight of the past, between 0 and 1 (exclusive).
-      warmup_steps: Norms in the warm-up, at least 1; a few are needed for a deviation.
+      z_max: Largest z-score that passes, finite and non-negative; 2.5 in the paper.
+      decay: alpha, the weight of the past, between 0 and 1 (exclusive); 0.97 in the paper.
+      warmup_steps: Norms in the warm-up, at least 1; 25 in the paper. During the warm-up the limit
+        is infinite, and mu and sigma are the mean and deviation of the raw norms.
+
+    Returns:
+      A `Limit`. Sigma counts as a thousandth of mu at least, so that a constant stream is never
+      clipped. Zero norms (frozen layers), NaN and infinity are ignored.
 
     Raises:
       ValueError: For a number outside of its range.
@@ -55,6 +57,9 @@ def zscore(z_max: Threshold = 2.5, *, decay: Threshold = 0.97, warmup_steps: int
     inf
     inf
     4.0
+
+    Kumar, Owen, Chowdhury, Güra, *ZClip: Adaptive Spike Mitigation for LLM Pre-Training*, 2025,
+    https://arxiv.org/abs/2504.02507, the reciprocal rule; `zclip` has our departures.
     """
     z_max = check_number("z_max", z_max, "be a finite number of at least 0", 0)
     decay = check_between_0_and_1("decay", decay)
