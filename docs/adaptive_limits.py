@@ -27,7 +27,7 @@ CLIPS = {
     "percentile": clip_to_limit(limits.percentile()),
     "autoclip(window=100)": gradclip_jax.autoclip(window=100),
     "median": clip_to_limit(limits.median()),
-    "quantile": clip_to_limit(limits.running_quantile()),
+    "running_quantile": clip_to_limit(limits.running_quantile()),
     "zscore": gradclip_jax.zclip(max_norm=None),
     "ema": clip_to_limit(limits.ema()),
     "growth": gradclip_jax.limit_norm_growth(),
