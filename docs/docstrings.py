@@ -19,6 +19,8 @@ SECTION = re.compile(r"^(Args|Returns|Raises|Attributes):$")
 FIELD = re.compile(r"^  (?! )([^:]+): *(.*)$")
 MATH = re.compile(r"^( *)\$\$(.*?)\$\$ *$", re.MULTILINE | re.DOTALL)
 TABLE = re.compile(r"^( *)\|.*\n\1\|[ :|-]+\n(?:\1\|.*\n?)+", re.MULTILINE)
+STRATEGIES = "docs/api/strategies"
+ROWS = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 CALL = re.compile(r"^(?:gradclip_jax\.)?(\w+(?:\.\w+)?)(?:\(.*\))?$", re.DOTALL)
 
 
@@ -104,6 +106,18 @@ def table(text: str, indent: str) -> str:
     return "\n".join(f"{indent}{line}".rstrip() for line in lines) + "\n"
 
 
+def add_entries(app: Any, docname: str, source: list[str]) -> None:
+    """For `source-read`: below each table of strategies, the docstring of each of its rows."""
+
+    def with_entries(found: re.Match[str]) -> str:
+        names = re.findall(r"^\| `(\w+)`", found[0], flags=re.MULTILINE)
+        entries = "\n\n".join(f".. autofunction:: gradclip_jax.{name}" for name in names)
+        return f"{found[0]}\n```{{eval-rst}}\n{entries}\n```\n" if names else found[0]
+
+    if docname == STRATEGIES:
+        source[0] = ROWS.sub(with_entries, source[0])
+
+
 class LinkPublicNames(SphinxPostTransform):
     """Let `clip_by_norm`, `clip_by_norm(1.0)` and `per_example.clip` lead to the reference."""
 
@@ -151,5 +165,6 @@ def inside(node: nodes.Node) -> bool:
 def setup(app: Any) -> dict[str, bool]:
     """Make this module an extension."""
     app.connect("autodoc-process-docstring", process)
+    app.connect("source-read", add_entries)
     app.add_post_transform(LinkPublicNames)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
