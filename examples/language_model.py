@@ -3,8 +3,9 @@
     python examples/language_model.py --compare --out demo
 
 trains the same network twice on the prose that Python ships, with the clip and without it, and
-ends in a table and a plot. Every strategy of `gradclip_jax` and every optimizer of optax can be
-chosen by name. A run that is killed continues bit for bit when the same command is given again.
+ends in a table and a plot. Every strategy of `gradclip_jax`, every limit of `gradclip_jax.limits`
+and every optimizer of optax can be chosen by name: `--clip percentile --clip-arg window=64`. A run
+that is killed continues bit for bit when the same command is given again.
 
     python examples/language_model.py --preset zaremba-small --data ptb
     python examples/language_model.py --preset shakespeare --data tinyshakespeare.txt
@@ -161,9 +162,11 @@ def command_line() -> argparse.ArgumentParser:
     add("--epoch-divisor", type=float, metavar="FACTOR",
         help="instead: divide the learning rate by this after every epoch")  # fmt: skip
     add("--constant-epochs", type=int, default=1, help="epochs before the first such division")
-    add("--clip", default="clip_by_global_norm", help="any strategy of gradclip_jax, or none")
-    add("--max-norm", type=float, help="first argument of the strategy; 5 where it must have one")
-    add("--clip-arg", action="append", default=[], metavar="KEY=VALUE")
+    add("--clip", default="clip_by_global_norm",
+        help="any strategy of gradclip_jax, any limit of gradclip_jax.limits, or none")  # fmt: skip
+    add("--max-norm", type=float, help="first argument of the clip; 5 where it must have one")
+    add("--clip-arg", action="append", default=[], metavar="KEY=VALUE",
+        help="other arguments of the clip, as in gradclip_jax.from_config")  # fmt: skip
     add("--mean-loss", action="store_true",
         help="average the loss over the unrolled steps; default: their sum, "
         "averaged over the batch, so that a norm of 5 means what it does in Zaremba")  # fmt: skip
@@ -248,26 +251,17 @@ def build_optimizer(
         start = round(args.decay_from * steps)
         learning_rate = optax.linear_schedule(args.learning_rate, 0.0, max(steps - start, 1), start)
     optimizers = {k: f for k, f in vars(optax).items() if _first_parameter(f) == "learning_rate"}
-    clips = {k: f for k, f in vars(gradclip_jax).items() if is_strategy(f)}
     keywords = _keywords(args.optimizer_arg, "--optimizer-arg")
     if args.optimizer == "sgd":
         keywords = {"momentum": args.momentum or None, **keywords}
     optimizer = _call("--optimizer", args.optimizer, optimizers, [learning_rate], keywords)
-    if name == "none":
-        # Measures and lets everything pass, so that the plots show what the optimizer saw.
-        clip = gradclip_jax.clip_by_global_norm(math.inf, on_nonfinite="propagate")
-    else:
-        keywords = _keywords(args.clip_arg, "--clip-arg")
-        first = _first_parameter(clips.get(name), without_default=True)
-        limit = 5.0 if args.max_norm is None and first and first not in keywords else args.max_norm
-        clip = _call("--clip", name, clips, [] if limit is None else [limit], keywords)
-    chain = optax.chain(clip, optimizer)
+    chain = optax.chain(build_clip(args, name), optimizer)
 
     def one_step(params):
         _, state = chain.update(params, chain.init(params), params)
         return measured_by_clip(state)
 
-    try:  # what only fails in use (a missing `value_fn`) shall fail before anything is written
+    try:  # what only fails in use (a missing `value_fn`) should fail before anything is written
         measured = jax.eval_shape(one_step, {"w": jnp.zeros((2, 2)), "b": jnp.zeros(2)})
     except (TypeError, ValueError) as error:
         raise InputError(
@@ -279,13 +273,23 @@ def build_optimizer(
     return chain
 
 
-def is_strategy(value: Any) -> bool:
-    """A public function that makes a transformation of gradients from numbers."""
-    if not inspect.isfunction(value) or value is gradclip_jax.clip_to_limit:
-        return False
-    returned = inspect.signature(value).return_annotation
-    first = _first_parameter(value)
-    return "GradientTransformation" in str(returned) and first not in ("optimizer", "clip")
+def build_clip(args: argparse.Namespace, name: str) -> optax.GradientTransformationExtraArgs:
+    """A strategy, a limit on the global norm, or a clip that only measures."""
+    if name == "none":
+        # It lets everything pass, so that the plots show what the optimizer saw.
+        return gradclip_jax.clip_by_global_norm(math.inf, on_nonfinite="propagate")
+    limit = getattr(gradclip_jax.limits, name, None)
+    arguments = _keywords(args.clip_arg, "--clip-arg")
+    needed = _first_parameter(limit or getattr(gradclip_jax, name, None), without_default=True)
+    if args.max_norm is not None or (needed and needed not in arguments):
+        arguments["threshold"] = 5.0 if args.max_norm is None else args.max_norm
+    config = {"method": name, **arguments}
+    try:
+        return gradclip_jax.from_config(
+            {"method": "clip_to_limit", "limit": config} if limit else config
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"`--clip` must be a clip, got {name}: {_first_line(error)}") from None
 
 
 def _first_parameter(function: Any, without_default: bool = False) -> str | None:
@@ -326,9 +330,8 @@ def _keywords(pairs: list[str], option: str) -> dict[str, Any]:
         try:
             keywords[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            # Not a Python value: infinity, a public function (response=smooth), or a word.
-            known = {"inf": math.inf, "nan": math.nan, **vars(gradclip_jax)}
-            keywords[key] = known.get(value, value)
+            # Not a Python value: infinity, or a word such as the name of a response.
+            keywords[key] = {"inf": math.inf, "nan": math.nan}.get(value, value)
     return keywords
 
 

@@ -184,6 +184,36 @@ def test_optimizers_of_all_kinds_can_stand_behind_strategies_of_all_kinds(standa
             assert float(language_model.measured_by_clip(state)["grad_norm"]) > 0
 
 
+CLIPS = {
+    "clip_by_norm": gradclip_jax.clip_by_norm(5.0),
+    "clip_by_value --clip-arg limit=2": gradclip_jax.clip_by_value(2.0),
+    "zclip --max-norm 3 --clip-arg max_norm=None": gradclip_jax.zclip(3.0, max_norm=None),
+    "constant": gradclip_jax.clip_to_limit(5.0),
+    "percentile --max-norm 90 --clip-arg window=2": gradclip_jax.clip_to_limit(
+        gradclip_jax.limits.percentile(90.0, window=2)
+    ),
+    "clip_to_limit --clip-arg limit={'method':'growth'} --clip-arg measure=leaf_norms "
+    "--clip-arg response=smooth": gradclip_jax.clip_to_limit(
+        gradclip_jax.limits.growth(),
+        measure=gradclip_jax.leaf_norms,
+        response=gradclip_jax.responses.smooth,
+    ),
+}
+
+
+@pytest.mark.parametrize("arguments", CLIPS)
+def test_a_clip_is_chosen_by_the_name_of_a_strategy_or_a_limit(arguments):
+    args = language_model.command_line().parse_args(["--clip", *arguments.split()])
+    clip, expected = language_model.build_clip(args, args.clip), CLIPS[arguments]
+    params = {"w": jnp.ones((2, 2)), "b": jnp.zeros(2)}
+    state, other = clip.init(params), expected.init(params)
+    for scale in (1.0, 2.0, 50.0):
+        grads = jax.tree.map(lambda x, scale=scale: scale * x, params)
+        updates, state = clip.update(grads, state, params)
+        result, other = expected.update(grads, other, params)
+        jax.tree.map(np.testing.assert_array_equal, (updates, state), (result, other))
+
+
 def test_the_loss_is_summed_over_time_unless_its_mean_is_asked_for(text):
     base = options(text, "--max-norm", "inf", steps=1)
     assert language_model.main(base) == 0
@@ -490,17 +520,18 @@ def test_a_garbled_configuration_is_named(text, capsys):
         (["--learning-rate", "nan"], "`--learning-rate` must be positive, got nan."),
         (["--cotangent-limit", "0"], "`--cotangent-limit` must be positive, got 0.0."),
         (["--unroll", "x"], "argument --unroll: invalid int value: 'x'"),
-        (["--clip", "clip_by_globl_norm"], "nearest: clip_by_global_norm"),
-        (["--clip", "clip_cotangent"], "`--clip` must be a known name, got 'clip_cotangent'"),
-        (["--clip", "clip_to_limit"], "`--clip` must be a known name, got 'clip_to_limit'"),
-        (["--clip", "clip_by_group_norm"], "missing 1 required positional argument: 'labels'"),
+        (["--clip", "clip_by_globl_norm"], "the nearest are `clip_by_global_norm`"),
+        (["--clip", "clip_cotangent"], "`--clip` must be a clip, got clip_cotangent: "),
+        (["--clip", "skip_spikes"], "wraps an optimizer and is not a clip"),
+        (["--clip", "clip_by_group_norm"], "a `labels`, which `clip_by_group_norm` needs"),
+        (["--clip", "percentile", "--clip-arg", "k=1"], "unknown argument of `percentile` 'k'"),
         (["--clip", "zero_nonfinite"], "`--clip` must measure a norm to be logged"),
         (["--optimizer", "adm"], "nearest: adam"),
         (["--optimizer", "lbfgs"], "must work on gradients and parameters alone"),
         (["--max-norm", "-1"], "`max_norm` must be non-negative, got -1.0."),
         (["--max-norm", "nan"], "`max_norm`"),
         (["--clip-arg", "order"], "`--clip-arg` must look like key=value, got 'order'."),
-        (["--clip-arg", "ordr=1"], "unexpected keyword argument 'ordr'"),
+        (["--clip-arg", "ordr=1"], "unknown argument of `clip_by_global_norm` 'ordr'"),
         (["--optimizer-arg", "momentm=1"], "unexpected keyword argument 'momentm'"),
         (["--compare", "--clip", "none"], "`--compare` needs a strategy as `--clip`, got 'none'."),
         (["--batch", "2000"], "must hold at least batch × unroll + 1 = 10001 chars to train on"),
