@@ -24,7 +24,7 @@ USABLE = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 # In this order they are the sections of benchmarks/results/<machine>.md.
 BENCHMARKS = step_overhead norm compile_time strategies scaling per_example
 
-.PHONY: help demo test test-library test-compilers bench accelerators compilers lint format notebooks docs reference clean
+.PHONY: help demo test test-library test-newcomer test-compilers bench accelerators compilers lint format notebooks docs reference clean
 
 help:  ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,13 @@ test: $(VENV)/.dev  ## run all tests
 
 test-library: $(VENV)/.test  ## run the tests of the package, which need few packages
 	@$(BIN)/python -m pytest -n $(WORKERS) tests/library $(ARGS)
+
+NEWCOMER = build/newcomer
+
+test-newcomer: $(VENV)/.test  ## run the tests of the package with the strategy of docs/add_a_strategy.md
+	@rm -rf $(NEWCOMER)
+	@$(BIN)/python docs/add_a_strategy.py $(NEWCOMER)
+	@cd $(NEWCOMER) && PYTHONPATH=$$PWD $(abspath $(BIN))/python -m pytest -n $(WORKERS) tests/library $(ARGS)
 
 # PyTorch is measured too where it is installed: make bench VENV=.venv-bench PINS=torch
 bench: $(VENV)/.examples  ## measure this library beside its peers (20 minutes of a quiet machine)

@@ -4,13 +4,13 @@ import html.parser
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import add_a_strategy
 import pytest
 from registry import public_limits, public_modules, public_names, public_strategies
 from test_layers import LAYERS
@@ -209,83 +209,76 @@ def test_the_layout_names_every_module_in_its_layer():
 # Add a strategy in ten minutes
 
 
-TUTORIAL = (DOCS / "add_a_strategy.md").read_text()
-BLOCK = re.compile(r"^```\{code-block\} python\n((?::[^\n]*\n)+)\n(.*?)^```", re.M | re.DOTALL)
-
-
-def blocks() -> list[tuple[str, str, set[int], str]]:
-    """Of each block its file, what its caption says beside it, its marked lines, and itself."""
-    found = []
-    for options, body in BLOCK.findall(TUTORIAL):
-        given = dict(re.findall(r"^:([\w-]+): (.*)$", options, flags=re.MULTILINE))
-        file, beside = re.fullmatch(r'"`(.*)`(.*)"', given["caption"]).groups()
-        marked = {int(line) for line in given.get("emphasize-lines", "").split(",") if line}
-        found.append((file, beside, marked, body))
-    return found
-
-
-def write(folder: Path, file: str, marked: set[int], body: str) -> None:
-    """Add the marked lines behind those that stand before them; a block without is a file."""
-    if not marked:
-        assert not (folder / file).exists()
-        (folder / file).write_text(body)
-        return
-    known = "".join(
-        line for number, line in enumerate(body.splitlines(True), 1) if number not in marked
-    )
-    text = (folder / file).read_text()
-    assert text.count(known) == 1, f"{file} has another line than the page"
-    (folder / file).write_text(text.replace(known, body))
+TUTORIAL = add_a_strategy.PAGE
+SEES_STRATEGIES = [
+    *(f"tests/library/test_{name}.py" for name in ("layers", "docstrings", "interop", "limits")),
+    "tests/library/test_strategy_laws.py::test_every_public_strategy_is_in_the_table_and_has_its_laws",
+    "tests/site/test_docs.py::test_every_strategy_limit_response_and_norm_has_its_equation_in_a_table",
+]
+"""Tests that read the table of strategies or the public names; `.ci/run` runs the whole library."""
 
 
 @pytest.fixture
 def newcomer(tmp_path) -> Path:
-    """A copy of what is needed, in which the page was followed."""
-    cache = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "gradclip_jax", tmp_path / "gradclip_jax", ignore=cache)
-    (tmp_path / "tests" / "library").mkdir(parents=True)
-    library = [f"tests/library/{name}.py" for name in ("registry", "test_strategy_laws")]
-    for name in ("pyproject.toml", "tests/conftest.py", *library):
-        shutil.copyfile(ROOT / name, tmp_path / name)
-    for file, beside, marked, body in blocks():
-        if not beside:
-            write(tmp_path, file, marked, body)
-    return tmp_path
+    """A copy of the repository in which the page was followed."""
+    add_a_strategy.follow(tmp_path / "copy")
+    return tmp_path / "copy"
 
 
-def run_laws(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """The command of the page."""
-    (command,) = re.findall(r"^python (-m pytest .*)$", TUTORIAL, flags=re.MULTILINE)
+def run_in(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """A command of Python, with the package of the copy."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     return subprocess.run(
-        [sys.executable, *shlex.split(command), "-q", "-p", "no:cacheprovider", *more],
+        [sys.executable, *command],
         cwd=folder,
-        env=env,
+        env=env | {"PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
         check=False,
     )
 
 
+def run_tests(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_in(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
+
+
+def laws_of_the_page() -> list[str]:
+    """The arguments of pytest in the command of the page."""
+    (command,) = re.findall(r"^python -m pytest (.*)$", TUTORIAL, flags=re.MULTILINE)
+    return shlex.split(command)
+
+
 def test_a_newcomer_adds_a_strategy_by_the_page_and_the_laws_test_it(newcomer):
-    (file,) = {file for file, _, marked, _ in blocks() if not marked}
-    done = run_laws(newcomer, "--doctest-modules", file)
+    done = run_tests(newcomer, *laws_of_the_page())
     assert done.returncode == 0, done.stdout
-    passed = int(re.findall(r"(\d+) passed", done.stdout)[0])
-    assert passed >= 20
+    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 25
+    done = run_tests(newcomer, *SEES_STRATEGIES)
+    assert done.returncode == 0, done.stdout
     for arguments in (["check"], ["format", "--check"]):
-        ruff = [sys.executable, "-m", "ruff", *arguments, "--no-cache", "gradclip_jax", "tests"]
-        checked = subprocess.run(ruff, cwd=newcomer, capture_output=True, text=True, check=False)
+        checked = run_in(
+            newcomer, "-m", "ruff", *arguments, "--no-cache", "gradclip_jax", "tests/library"
+        )
         assert checked.returncode == 0, checked.stdout
 
 
 def test_the_laws_find_the_mistake_that_the_page_shows(newcomer):
-    ((file, _, marked, body),) = [block for block in blocks() if block[1]]
-    assert marked
-    text = (newcomer / file).read_text()
-    (newcomer / file).write_text(text[: text.index(body.splitlines()[0])] + body)
+    (mistake,) = [block for block in add_a_strategy.blocks() if block.remark]
+    assert mistake.new
+    file = newcomer / mistake.file
+    text = file.read_text()
+    file.write_text(text[: text.index(mistake.body.splitlines()[0])] + mistake.body)
     laws = re.findall(r"^\| `(test_\w+)` \|", TUTORIAL, flags=re.MULTILINE)
     assert len(laws) == 4
-    done = run_laws(newcomer, "-k", f"mean_clip and ({' or '.join(laws)})")
+    of_laws = f"mean_clip and ({' or '.join(laws)})"
+    done = run_tests(newcomer, "tests/library/test_strategy_laws.py", "-k", of_laws)
     assert done.returncode == 1, done.stdout
     assert set(re.findall(r"^FAILED .*?::(test_\w+)", done.stdout, flags=re.M)) == set(laws)
+
+
+def test_a_file_that_is_not_as_the_page_says_is_named(newcomer):
+    file, export, *_ = add_a_strategy.blocks()
+    with pytest.raises(FileExistsError, match=r"mean_clip.py` must be new"):
+        add_a_strategy.add(newcomer, file)
+    (newcomer / export.file).write_text("")
+    with pytest.raises(ValueError, match=r"__init__.py` must have these lines of the page once"):
+        add_a_strategy.add(newcomer, export)
