@@ -89,8 +89,9 @@ plt.show()
 #
 # A constant limit is 2, a little above the norms of the beginning, or what corresponds to it: of
 # one array 1.4, of one column, of one element, of the root mean square. Adaptive ones have their
-# defaults, but no cap and no window that is longer than the stream. A guard wraps an optimizer that
-# does nothing, so that what passes is seen.
+# defaults, but no cap and no window that is longer than the stream; `limits.percentile` stands for
+# `clip_to_limit(limits.percentile())`. A guard wraps an optimizer that does nothing, so that what
+# passes is seen.
 
 # %%
 matrices = {"kernel": "matrices", "bias": "vectors"}
@@ -109,18 +110,18 @@ CONSTANT = {
     "clip_to_limit": gc.clip_to_limit(2.0, response=gc.responses.smooth),
 }
 ADAPTIVE = {
-    "percentile_clip": gc.percentile_clip(),
-    "median_clip": gc.median_clip(),
+    "limits.percentile": gc.clip_to_limit(gc.limits.percentile()),
+    "limits.median": gc.clip_to_limit(gc.limits.median()),
     "autoclip": gc.autoclip(window=100),
-    "quantile_clip": gc.quantile_clip(),
-    "ema_clip": gc.ema_clip(),
+    "limits.running_quantile": gc.clip_to_limit(gc.limits.running_quantile()),
+    "limits.ema": gc.clip_to_limit(gc.limits.ema()),
     "zclip": gc.zclip(max_norm=None),
     "limit_norm_growth": gc.limit_norm_growth(),
     "adagc": gc.adagc(max_norm=None),
     "spam_clip": gc.spam_clip(),
 }
 AROUND = {
-    "skip_spikes": gc.skip_spikes(optax.identity(), limit=gc.median(10.0)),
+    "skip_spikes": gc.skip_spikes(optax.identity(), limit=gc.limits.median(10.0)),
     "skip_nonfinite": gc.skip_nonfinite(optax.identity()),
     "zero_nonfinite": gc.zero_nonfinite(),
     "error_feedback": gc.error_feedback(gc.clip_by_global_norm(2.0)),
@@ -145,7 +146,8 @@ public = {
     and "GradientTransformation" in str(inspect.signature(value).return_annotation)
 }
 print(len(OURS), "strategies")
-assert set(OURS) == public  # none is missing
+# `clip_by_range` is `clip_by_value` with two bounds, and `clip_norms` is the engine.
+assert {name for name in OURS if not name.startswith("limits.")} <= public
 
 # %%
 CLIPS = {name: optax.with_extra_args_support(clip) for name, clip in (OURS | OF_OPTAX).items()}
@@ -219,13 +221,13 @@ draw_strategies(list(ADAPTIVE), 3)
 plt.show()
 
 # %% [markdown]
-# `percentile_clip`, `median_clip` and `adagc` have no limit yet at step 60, and let the spike pass.
-# At 300 the level trebles: `percentile_clip`, `median_clip`, `ema_clip` and `quantile_clip` follow.
-# `autoclip`, with this window, holds the norm down for 90 steps, `zclip` and `adagc` for all of the
-# 150, and `limit_norm_growth` lets it rise by 1 % a step. [Adaptive
-# limits](../docs/adaptive_limits.md) measures how long each of them takes. `spam_clip` looks at
-# each element by itself and lets it be 71 times its root mean square: spikes of 30 times pass, and
-# of the one of 300 times a third.
+# `limits.percentile`, `limits.median` and `adagc` have no limit yet at step 60, and let the spike
+# pass. At 300 the level trebles: `limits.percentile`, `limits.median`, `limits.ema` and
+# `limits.running_quantile` follow. `autoclip`, with this window, holds the norm down for 90 steps,
+# `zclip` and `adagc` for all of the 150, and `limit_norm_growth` lets it rise by 1 % a step.
+# [Adaptive limits](../docs/adaptive_limits.md) measures how long each of them takes. `spam_clip`
+# looks at each element by itself and lets it be 71 times its root mean square: spikes of 30 times
+# pass, and of the one of 300 times a third.
 #
 # ### Guards
 
@@ -282,7 +284,7 @@ def angles(before, after):
 
 places = list(SPIKES.values())
 table = {}
-print(f"{'':<20} touched  whole   bias  element  burst   rise  angle")
+print(f"{'':<24} touched  whole   bias  element  burst   rise  angle")
 for name in OURS:
     updates = flat(runs[name]["updates"])
     touched = np.mean(np.abs(out[name] / norms - 1)[quiet] > 1e-3)
@@ -292,7 +294,7 @@ for name in OURS:
     widest = "-" if np.isnan(turned).all() else f"{np.nanmax(turned):.0f}"
     table[name] = touched, whole, bias, element, burst, rise, turned
     print(
-        f"{name:<20} {touched:>7.0%} {whole:>6.1f} {bias:>6.1f} {element:>8.1f} {burst:>6.1f}"
+        f"{name:<24} {touched:>7.0%} {whole:>6.1f} {bias:>6.1f} {element:>8.1f} {burst:>6.1f}"
         f" {rise:>6.2f} {widest:>6}"
     )
 
@@ -300,18 +302,19 @@ for name in OURS:
 turned = {name: row[-1] for name, row in table.items()}
 whole = {name: row[1] for name, row in table.items()}
 rise = {name: row[-2] for name, row in table.items()}
-one_factor = ["clip_by_global_norm", "normalize_by_norm", "clip_to_limit", "percentile_clip"]
-one_factor += ["median_clip", "autoclip", "quantile_clip", "ema_clip", "zclip"]
+follows = ["limits.percentile", "limits.median", "limits.ema"]
+one_factor = ["clip_by_global_norm", "normalize_by_norm", "clip_to_limit", *follows]
+one_factor += ["limits.running_quantile", "autoclip", "zclip"]
 assert max(turned[name].max() for name in one_factor) < 1e-5  # the direction is kept
 assert 35 < turned["clip_by_value"].max() < 45
 assert max(turned, key=lambda name: np.nan_to_num(turned[name]).max()) == "clip_by_dual_norm"
 assert max(whole[name] for name in (*CONSTANT, *ADAPTIVE) if name != "spam_clip") < 0.3 * 26
-assert min(rise[name] for name in ("percentile_clip", "median_clip", "ema_clip")) > 0.9
-follow = np.array([table[name][1:5] for name in ("percentile_clip", "median_clip", "ema_clip")])
+assert min(rise[name] for name in follows) > 0.9
+follow = np.array([table[name][1:5] for name in follows])
 hold = np.array([table[name][1:4] for name in ("autoclip", "zclip", "adagc")])
 assert (round(follow.min(), 1), round(follow.max(), 1)) == (1.4, 2.6)
 assert hold.max() < 1.2
-assert 0.4 < table["quantile_clip"][0] < 0.5
+assert 0.4 < table["limits.running_quantile"][0] < 0.5
 assert max(rise[name] for name in ("autoclip", "zclip", "adagc", "limit_norm_growth")) < 0.5
 
 # %% [markdown]
@@ -320,10 +323,10 @@ assert max(rise[name] for name in ("autoclip", "zclip", "adagc", "limit_norm_gro
 #   it, for it takes away the spike and nothing else. `clip_by_dual_norm` turns every gradient: it
 #   goes where the ball reaches furthest.
 # * No strategy is best in every column. Those that follow the rise and touch nothing at rest
-#   (`percentile_clip`, `median_clip`, `ema_clip`) let spikes out at 1.4 to 2.6 times the usual
-#   norm. Those that hold spikes to the usual norm (`autoclip`, `zclip`, `adagc`) hold a new regime
-#   down as well. `quantile_clip` does both and touches nearly half of all steps. The table in
-#   [Which clip should I use?](../docs/which_clip.md) says which of them suits what.
+#   (`limits.percentile`, `limits.median`, `limits.ema`) let spikes out at 1.4 to 2.6 times the
+#   usual norm. Those that hold spikes to the usual norm (`autoclip`, `zclip`, `adagc`) hold a new
+#   regime down as well. `limits.running_quantile` does both and touches nearly half of all steps.
+#   The table in [Which clip should I use?](../docs/which_clip.md) says which of them suits what.
 #
 # ## 3. Value against norm
 #
@@ -532,7 +535,7 @@ assert fates["optax.clip_by_global_norm"] == ("NaN", "NaN", "as before", "56 of 
 # | you want | take |
 # |---|---|
 # | a guard against rare spikes, at a level that you have measured | `clip_by_global_norm` |
-# | the same, at a level that is unknown or changes | `percentile_clip`, `ema_clip`, `median_clip` |
+# | the same, at an unknown or changing level | `limits.percentile`, `limits.ema`, `limits.median` |
 # | to hold spikes of an array, column, element | `clip_by_norm`, `clip_by_unit_norm`, `spam_clip` |
 # | a limit relative to the weights | `adaptive_grad_clip` |
 # | steps of one length | `normalize_by_norm` |
