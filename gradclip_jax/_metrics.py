@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._compiled import compiled
 from ._devices import (
     axis_size,
     replicate_matrices,
@@ -182,9 +183,15 @@ def _entries(norms: jax.Array) -> list[jax.Array]:
     return [row[0, i] for i in range(norms.size)]
 
 
-# Called eagerly these are one cached program for each number of groups.
-@functools.partial(jax.jit, static_argnames=("axes", "kind"), inline=True)
-def _of_groups(norms, limits, factors, *, axes, kind):
+@compiled(static=("axes", "kind"))
+def _of_groups(
+    norms: list[jax.Array],
+    limits: list[jax.Array],
+    factors: list[jax.Array],
+    *,
+    axes: tuple[tuple[str, ...], ...],
+    kind: str,
+) -> tuple[jax.Array, ...]:
     over = frozenset().union(*axes)
     counted = [(jnp.zeros((), jnp.int32), 0)]
     for names in dict.fromkeys(axes):
@@ -207,8 +214,15 @@ def _of_groups(norms, limits, factors, *, axes, kind):
     )
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "kind"), inline=True)
-def _of_each_group(norms, limits, factors, *, axes, kind):
+@compiled(static=("axes", "kind"))
+def _of_each_group(
+    norms: list[jax.Array],
+    limits: list[jax.Array],
+    factors: list[jax.Array],
+    *,
+    axes: tuple[tuple[str, ...], ...],
+    kind: str,
+) -> list[tuple[jax.Array, ...]]:
     groups = zip(norms, limits, factors, axes, strict=True)
     return [
         _of_groups([norm], [limit], [factor], axes=(names,), kind=kind)

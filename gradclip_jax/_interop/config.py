@@ -163,6 +163,8 @@ def _value(name: str, value: Any, where: str) -> Any:
             return _function(value, RESPONSES, name, where)
         case "ball" if isinstance(value, str):
             return BALLS[_checked(value, BALLS, name, where)]
+        case _:
+            pass
     if isinstance(value, Mapping) and "schedule" in value:
         return _schedule(value, where)
     if isinstance(value, Mapping):  # one for each label or array
