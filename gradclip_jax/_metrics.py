@@ -21,6 +21,9 @@ from ._per_layer import joint_norm
 from ._state import ClipState, NonfiniteState, measured
 from ._types import AxisName
 
+SplitAxes = tuple[tuple[str, ...], ...]
+"""Of each array the mesh axes along which devices hold different parts of it."""
+
 
 def metrics(
     opt_state: Any,
@@ -171,7 +174,7 @@ def _named(kind: str, values: Sequence[jax.Array]) -> dict[str, jax.Array]:
 # Called eagerly this is one cached program for each number of arrays.
 @functools.partial(jax.jit, static_argnames=("axes", "stacked"), inline=True)
 def _of_arrays(
-    norms: list[jax.Array], *, axes: tuple[tuple[str, ...], ...], stacked: bool
+    norms: list[jax.Array], *, axes: SplitAxes, stacked: bool
 ) -> tuple[list[jax.Array], list[list[jax.Array]]]:
     whole = [joint_norm([norm], [names]) for norm, names in zip(norms, axes, strict=True)]
     return whole, [_entries(norm) if stacked and norm.ndim else [] for norm in norms]
@@ -183,16 +186,17 @@ def _entries(norms: jax.Array) -> list[jax.Array]:
     return [row[0, i] for i in range(norms.size)]
 
 
-@compiled(static=("axes", "kind"))
+# Called eagerly these are one cached program for each number of groups.
+@functools.partial(jax.jit, static_argnames=("axes", "kind"), inline=True)
 def _of_groups(
     norms: list[jax.Array],
     limits: list[jax.Array],
     factors: list[jax.Array],
     *,
-    axes: tuple[tuple[str, ...], ...],
+    axes: SplitAxes,
     kind: str,
 ) -> tuple[jax.Array, ...]:
-    over = frozenset().union(*axes)
+    over = frozenset[str]().union(*axes)
     counted = [(jnp.zeros((), jnp.int32), 0)]
     for names in dict.fromkeys(axes):
         here = [i for i, along in enumerate(axes) if along == names]
@@ -214,13 +218,13 @@ def _of_groups(
     )
 
 
-@compiled(static=("axes", "kind"))
+@functools.partial(jax.jit, static_argnames=("axes", "kind"), inline=True)
 def _of_each_group(
     norms: list[jax.Array],
     limits: list[jax.Array],
     factors: list[jax.Array],
     *,
-    axes: tuple[tuple[str, ...], ...],
+    axes: SplitAxes,
     kind: str,
 ) -> list[tuple[jax.Array, ...]]:
     groups = zip(norms, limits, factors, axes, strict=True)
@@ -294,7 +298,7 @@ def _only_array(x: Any) -> jax.Array:
     return array
 
 
-def _largest(values: list[jax.Array], axes: tuple[tuple[str, ...], ...]) -> jax.Array:
+def _largest(values: list[jax.Array], axes: SplitAxes) -> jax.Array:
     if len(values) == 1 and values[0].ndim == 0:
         return values[0]
     over = frozenset[str]().union(*axes)

@@ -71,7 +71,7 @@ def initial_state(
 ) -> ClipState:
     """The state before the first update, for norms, or another measure, of these types."""
 
-    def full(number: float, norms: Any = norms) -> Any:
+    def full(number: float) -> Any:
         return jax.tree.map(functools.partial(filled_like, number), plain_norms(norms))
 
     # Each entry is an array of its own: a state with one array twice cannot be donated.
@@ -83,7 +83,7 @@ def initial_state(
         clip_count=jnp.zeros((), jnp.int32),
         nonfinite_count=jnp.zeros((), jnp.int32),
         step_count=jnp.zeros((), jnp.int32),
-        layer_norms=full(0.0, layer_norms),
+        layer_norms=jax.tree.map(functools.partial(filled_like, 0.0), layer_norms),
         limit_state=limit_state,
     )
 
