@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._compiled import compiled
 from ._devices import (
     axis_size,
     replicate_matrices,

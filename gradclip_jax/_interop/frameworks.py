@@ -33,8 +33,7 @@ def from_torch(
     $$ g \leftarrow g \cdot \min\!\Big(1, \frac{\text{max\_norm}}{\lVert g \rVert_p +
        \epsilon}\Big) $$
 
-    For a training loop that comes from PyTorch. A new one takes `clip_by_global_norm(max_norm)`:
-    without epsilon, and a NaN cannot spread.
+    For a loop that comes from PyTorch; in a new one use `clip_by_global_norm(max_norm)`.
 
     Args:
       max_norm: Largest norm that passes, non-negative; a number or a schedule, see

@@ -132,8 +132,7 @@ def quantile_step(
        \tilde b = \tfrac12 + \tfrac1n \Big( \mathcal N(0, \sigma_b^2)
        + \sum_{i=1}^N (b_i - \tfrac12) \Big), \qquad b_i = [\lVert g_i \rVert \le C] $$
 
-    In equilibrium a share q of the examples is not clipped. Pass it to the next call and to the
-    `update` of the noise, where it is traced: nothing is compiled anew.
+    In equilibrium a share q of the examples is not clipped. Pass it on, to the noise as well.
 
     Args:
       max_norm: C of this step, above 0, scalar.

@@ -51,34 +51,27 @@ def clip_by_dual_norm(
        \operatorname*{argmax}_{\lVert u \rVert \le 1} \langle g, u \rangle, \qquad
        \lVert g \rVert_* = \max_{\lVert u \rVert \le 1} \langle g, u \rangle $$
 
-    For optimizers whose step has one length whatever the gradient is, as that of Lion (signs) and
-    Muon (orthogonal matrices): they never settle. Here a gradient with a dual norm above
-    `max_norm` gives that very step, and one below gives a step in proportion, as in gradient
-    descent. Put it in place of the sign or the orthogonalisation, behind the momentum
-    (`optax.trace`) and before the learning rate.
+    For optimizers whose step has one length, as that of Lion (signs) and Muon (orthogonal
+    matrices): they never settle. Here a dual norm below `max_norm` gives a step in proportion. Put
+    it in place of the sign or the orthogonalization, behind the momentum (`optax.trace`) and
+    before the learning rate.
 
     Args:
-      max_norm: Dual norm from which on the step has full length, non-negative, in units of the
-        dual norm: a sum over all elements and singular values, so it grows with the model. 0
-        gives the full step always; `inf` or None changes nothing and still measures. May be a
-        schedule.
-      ball: A `Ball` for all arrays, a prefix pytree of them, or a function of path
-        (`"encoder/kernel"`) and leaf that returns one: `balls.sign`, `balls.spectral`,
-        `balls.newton_schulz`, `balls.euclidean`. By default matrices are in the spectral ball, and
-        vectors and scalars in that of signs.
-      axis_name: See `global_norm`; inside `shard_map` a leaf in the spectral ball must hold whole
-        matrices, see `spectral_clip`.
+      max_norm: Dual norm from which on the step has full length, non-negative. It is a sum over
+        all elements and singular values, so it grows with the model. 0 gives the full step always;
+        `inf` or None changes nothing and still measures. May be a schedule.
+      ball: A `balls.Ball` for all arrays, a prefix pytree of them, or a function of path
+        (`"encoder/kernel"`) and leaf that returns one. By default matrices are in `balls.spectral`,
+        and vectors and scalars in `balls.sign`.
+      axis_name: See `global_norm`; for matrices in a spectral ball, see `spectral_clip`.
       on_nonfinite: See `clip_to_limit`. The arrays share one length, so they are one group.
 
     Returns:
-      A transformation with a `ClipState`: its `clip_measure` is the dual norm, the sum over all
-      arrays; its `clip_factor` is min(1, max_norm / dual norm), by which the step is shorter than
-      one in proportion would be. It enlarges small gradients: it is a normaliser. Zero stays zero,
-      and singular values that are zero up to rounding add nothing.
+      A transformation with a `ClipState`: its `clip_measure` is the dual norm of all arrays. It
+      enlarges small gradients: it is a normalizer. Zero stays zero.
 
     Raises:
-      ValueError: For a threshold that is negative, NaN, boolean or not a number; for a `ball` that
-        is none; inside `shard_map`, for matrices that are split.
+      ValueError: For a threshold or a `ball` that may not be; for split matrices.
 
     >>> import gradclip_jax, jax.numpy as jnp
     >>> clip = gradclip_jax.clip_by_dual_norm(22.0)
@@ -87,11 +80,8 @@ def clip_by_dual_norm(
     >>> print(updates["b"], gradclip_jax.metrics(state)["clip_measure"])
     [ 0.5 -0.5] 11.0
 
-    Pethick, Xie, Erdogan, Antonakopoulos, Silveti-Falls, Cevher, *Generalized Gradient Norm
-    Clipping & Non-Euclidean (L0,L1)-Smoothness*, NeurIPS 2025, https://arxiv.org/abs/2506.01913,
-    the step min(rho, dual norm). We divide it by rho, so that the learning rate is the length of
-    the full step as in Lion and Muon, and rho may change without it. With one array in
-    `balls.euclidean` it is `clip_by_global_norm(rho)` divided by rho.
+    Pethick et al., *Generalized Gradient Norm Clipping & Non-Euclidean (L0,L1)-Smoothness*, NeurIPS
+    2025, https://arxiv.org/abs/2506.01913, the step min(rho, dual norm), which we divide by rho.
     """
     limit = constant(check_threshold("max_norm", max_norm))
     _check_ball(ball)

@@ -38,41 +38,32 @@ def spam_clip(
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clip each element to a multiple of the root mean square of what came out of it so far.
+    r"""Clip each element to a multiple of its own root mean square so far.
 
     $$ g_i \leftarrow \operatorname{sign}(g_i) \sqrt{\Theta v_i}
        \;\text{ if } g_i^2 > \Theta v_i, \qquad v_i \leftarrow \beta v_i + (1 - \beta) g_i^2 $$
 
-    The limit is that of the elements seen before; v takes in the element as it came out. For
-    training in which a few elements spike to a thousand times their usual size while the norm of
-    all hardly shows it. Put it before an optimizer; it costs one more array for each parameter.
+    The limit is that of the elements seen before; v takes in the element as clipped. For training
+    in which a few elements spike to a thousand times their usual size while the norm hardly shows
+    it. Put it before an optimizer; it costs one more array for each parameter.
 
     Args:
-      threshold: The ratio of squares Θ, non-negative; 5000 in the paper (2000 in the code of its
-        successor), so an element may be 71 times its root mean square. `inf` or None clips
-        nothing and still measures; 0 gives zeros. May be a schedule.
+      threshold: The ratio of squares Θ, non-negative; 5000 in the paper, so an element may be 71
+        times its root mean square. `inf` or None clips nothing and still measures; 0 gives zeros.
+        May be a schedule.
       decay: β, between 0 and 1 (exclusive); 0.999 as in Adam, whose second moment the paper uses.
-      warmup_steps: Number of updates at the start that all pass; 19, for the authors' code clips
-        from update 20 on. v starts at zero and is not corrected for it, so an element may be 10
-        times its root mean square in update 20, 44 times in update 500.
+      warmup_steps: Updates at the start that all pass; 19 in the authors' code.
       axis_name: See `global_norm`; the clip needs no other device, but what it measures does.
       on_nonfinite: `"zero"` makes each element that is NaN or infinite zero; `"propagate"`, NaN.
         Either way it does not enter v.
 
     Returns:
-      A transformation with a `ClipState`. Its `clip_measure` is the largest of the ratios of an
-      element to its root mean square, its `clip_limit` the root of Θ (`inf` during the warm-up),
-      its `clip_factor` that of the element that went furthest beyond.
-
-      An element that was zero so far (v = 0) passes. A constant one passes for ever, as long as
-      Θ(1 - β^warmup_steps) is at least 1 (94 here). One that grows for good is let through at
-      2.4 times more in each update: 16 updates to a million times its size. One that shrinks for
-      good has a limit too high for 4,605 updates for each factor of 10. Squares of 1e20 do not
-      overflow: the state keeps the root of v. Complex elements are held by modulus.
+      A transformation with a `ClipState`. Its `clip_measure` is the largest ratio of an element to
+      its root mean square, its `clip_limit` the root of Θ. An element with v = 0 passes. The page
+      of strategies says how it follows elements that grow or shrink.
 
     Raises:
-      ValueError: For a threshold that is negative, NaN, boolean or not a number, a `decay`
-        outside 0 to 1, `warmup_steps` that are no whole number from 0 on.
+      ValueError: For a number outside of its range.
 
     >>> import gradclip_jax, jax.numpy as jnp
     >>> clip = gradclip_jax.spam_clip(4.0, decay=0.75, warmup_steps=1)
@@ -81,11 +72,9 @@ def spam_clip(
     >>> print(updates)
     [-3.  1.]
 
-    Huang, Zhu, Jin, Liu, Wang, Liu, *SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM
-    Training*, ICLR 2025, https://arxiv.org/abs/2501.06842, its spike-aware clip alone. We depart
-    from it in keeping a v of our own instead of reading that of Adam, and in not resetting the
-    moments of the optimizer every 500 updates (nor, then, its warm-up): that is the optimizer's.
-    An element with v = 0 passes here; by the letter of the equation it would be zero for ever.
+    Huang et al., *SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training*, ICLR 2025,
+    https://arxiv.org/abs/2501.06842, its clip alone. We depart in a v of our own, not Adam's, in no
+    reset of the optimizer's moments, and in v = 0 (there such an element is zero for ever).
     """
     square = constant(check_threshold("threshold", threshold))
     rate = 1 - check_between_0_and_1("decay", decay)

@@ -60,54 +60,28 @@ def spectral_clip(
     $$ G = U \operatorname{diag}(\sigma) V^\top \leftarrow
        U \operatorname{diag}(\min(\sigma, \text{max\_norm})) V^\top $$
 
-    For gradients in which a few directions carry the spike: they are held, and the others keep
-    their length, where `clip_by_norm` would shrink them all. CPU decompose each matrix.
-    Accelerators, for which a decomposition is slow and takes minutes to compile, find the same by
-    products of matrices: Polar Express polynomials for the polar factor and for the sign that tells
-    what is above the limit. With `response=smooth_sqrt` it is the exact form of
-    `soft_spectral_clip`.
+    For gradients in which a few directions carry the spike: the others keep their length, where
+    `clip_by_norm` would shrink them all. CPU decompose each matrix; accelerators, where that is
+    slow, find the same by products of matrices (Polar Express polynomials). The page of strategies
+    has their error, and when the branches are taken.
 
     Args:
       max_norm: Largest singular value that passes, non-negative. 0 gives zeros; `inf` or None
         clips nothing and still measures. May be a schedule.
-      response: From a singular value and the limit to a factor: `shrink`, one of the smooth
-        responses, or `drop`. One that never enlarges; see the fast path below. All but `shrink`
-        need the decomposition, on accelerators too.
+      response: From a singular value and the limit to a factor that never enlarges: `shrink`, one
+        of the smooth responses, or `drop`. All but `shrink` need the decomposition.
       exact: Whether accelerators decompose as well.
       axis_name: See `global_norm`. Inside `shard_map` a leaf must hold whole matrices: it may be
-        split along its leading axes (tell it by PartitionSpecs), and vectors along any. Under
-        `jit` matrices may be split by automatic or explicit axes: explicit ones gather each for
-        the time, and so do automatic ones for a decomposition.
+        split along its leading axes (tell it by PartitionSpecs), and vectors along any.
       on_nonfinite: See `clip_to_limit`; a matrix with a NaN becomes zero, the others pass.
 
     Returns:
-      A transformation with a `ClipState` of one `clip_measure` for each matrix.
-
-      The last two axes of an array are those of a matrix and all before them are a stack of
-      matrices, as layers stacked by `scan` and heads are; so is each tap of a convolution
-      (`optax.masked` leaves such leaves out). A vector or scalar is held by its Euclidean norm,
-      the one singular value of a matrix of one column, with the same response.
-
-      A matrix whose Frobenius norm is answered with a factor of 1 passes bit for bit, and an
-      array that has no other is left alone. Then that norm stands in the state, which bounds
-      the largest singular value; else that value itself. So `clipped` is exact. Derivatives are
-      finite where the singular values of a matrix that is clipped are distinct.
-
-      By products, computed in float32 or float64, the error is (spectral norm, of max_norm c)
-
-      | matrix | error | above c |
-      |---|---|---|
-      | 64 x 96, Frobenius norm up to 1,000 c | 6e-5 | 2e-5 where a singular value is c, else 3e-7 |
-      | 1024 x 1024, normal, 100 c | 3e-4 | 5e-5 |
-      | Frobenius norm of 1e4 c; 1e6 c | 2e-4; 3e-2 | 3e-7 |
-
-      Above that it grows with the norm, as float32 knows what is that far below the largest ever
-      less. The state has a bound of the largest singular value, at most m^(1/8) times it (2.4 for
-      the smaller side m = 1,024), and none above the limit where nothing is.
+      A transformation with a `ClipState` of one `clip_measure` for each matrix. The last two axes
+      of an array are a matrix and all before them a stack; a vector is held by its norm. A matrix
+      at or below the limit passes bit for bit.
 
     Raises:
-      ValueError: For a threshold that is negative, NaN, boolean or not a number; inside
-        `shard_map`, for matrices that are split.
+      ValueError: For a threshold that may not be; inside `shard_map`, for split matrices.
 
     >>> import gradclip_jax, jax.numpy as jnp
     >>> clip = gradclip_jax.spectral_clip(1.0)
@@ -118,10 +92,7 @@ def spectral_clip(
      [0.  0.5]] [0.6 0.8]
 
     Jiang, Semenov, Stich, *Enhancing LLM Training via Spectral Clipping* (SPECTRA), ICML 2026,
-    https://arxiv.org/abs/2603.14315, the hard form; of gradients: Yukhimchuk, Kolar, Takáč,
-    Choudhury, *Gradient Clipping Beyond Vector Norms: A Spectral Approach for Matrix-Valued
-    Parameters*, 2026, https://arxiv.org/abs/2605.11838. We depart in vectors, which SPECTRA leaves
-    alone.
+    https://arxiv.org/abs/2603.14315, the hard form. We depart in vectors, which it leaves alone.
     """
     check_response(response)
     change = _by_decomposition if exact or response is not shrink else _by_platform
@@ -141,32 +112,23 @@ def soft_spectral_clip(
     $$ G \leftarrow (I + G G^\top / c^2)^{-1/2} G, \qquad
        \sigma \leftarrow \sigma / \sqrt{1 + \sigma^2 / c^2}, \quad c = \text{max\_norm} $$
 
-    The clip of `spectral_clip(response=smooth_sqrt)` at the price of 33 products of
-    matrices, which accelerators are built for: a coupled Newton-Schulz iteration, each step of
-    which is scaled by what is known of the smallest eigenvalue.
+    The clip of `spectral_clip(response=smooth_sqrt)` for 33 products of matrices: a coupled
+    Newton-Schulz iteration whose steps are scaled by a bound of the smallest eigenvalue.
 
     Args:
       max_norm: The limit c that singular values approach, non-negative; see `spectral_clip`.
-      iterations: Newton-Schulz steps, at least 1; 10 in the paper. A step brings the smallest
-        singular value 2.6 times nearer: 10 serve all that float32 resolves (see below), float64
-        takes 20.
+      iterations: Newton-Schulz steps, at least 1; 10 in the paper, enough for float32. A step
+        brings the smallest singular value 2.6 times nearer; float64 takes 20.
       axis_name: See `spectral_clip`.
       on_nonfinite: See `clip_to_limit`; a matrix with a NaN becomes zero, the others pass.
 
     Returns:
-      A transformation with a `ClipState` of one `clip_measure` for each matrix: the bound of the
-      largest singular value that the iteration starts from, the smaller of two of its Gram matrix
-      (its largest sum of a row and its Frobenius norm, rooted). `clip_factor` belongs to it.
-      Matrices and vectors as in `spectral_clip`.
-
-      Computed in at least float32, and to within 0.3 % of c. Where that bound is above about 500 c
-      (64 rows), 300 c (512) or 250 c (1024), what is far below the largest singular value comes
-      out smaller than it should: in a matrix with one of 1,000 c and others of 0.5 c, these at
-      0.25 c. The largest come out right at any scale, nothing is enlarged and nothing is above c
-      by more than 0.2 %. Differentiable everywhere.
+      A transformation with a `ClipState` of one `clip_measure` for each matrix: a bound of the
+      largest singular value. Within 0.3 % of c; nothing is enlarged, and nothing is above c by
+      more than 0.2 %. The page of strategies says where small singular values come out too small.
 
     Raises:
-      ValueError: As `spectral_clip`; for `iterations` that are no whole number of at least 1.
+      ValueError: As `spectral_clip`; for `iterations` that are not a whole number of at least 1.
 
     >>> import gradclip_jax, jax.numpy as jnp
     >>> clip = gradclip_jax.soft_spectral_clip(1.0)
@@ -177,13 +139,8 @@ def soft_spectral_clip(
      [0.    1.   ]]
 
     Jiang, Semenov, Stich, *Enhancing LLM Training via Spectral Clipping* (SPECTRA), ICML 2026,
-    https://arxiv.org/abs/2603.14315, the soft form and its algorithm. We depart in float32 instead
-    of bfloat16; in steps that are scaled (Chen, Chow, *A stable scaling of Newton-Schulz for
-    improving the sign function computation of a Hermitian matrix*, Argonne preprint
-    ANL/MCS-P5059-0114, 2014), because 10 plain ones serve a largest singular value up to 20 c
-    only; in vectors, which are held by the same response at every norm, not from a norm of c on;
-    in clipping what comes in, without the factor for tall matrices and the schedule that the
-    paper gives to the updates behind an optimizer (chain it there, and pass a schedule).
+    https://arxiv.org/abs/2603.14315, the soft form. We depart in float32 for bfloat16, in scaled
+    steps (10 plain ones serve a largest singular value up to 20 c), and in vectors.
     """
     iterations = check_whole_number("iterations", iterations)
     return _of_matrices(

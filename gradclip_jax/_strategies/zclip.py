@@ -49,8 +49,7 @@ def zclip(
     Returns:
       A transformation with a `ClipState`. Sigma is at least a thousandth of mu, so a constant
       stream is never clipped; zeros are ignored. A lasting rise may never pass: with a noise of
-      10 %, one to 1.5 times the level takes 45 steps, and a doubling more than 30,000. Where the
-      level may jump (a new task, another batch size), use `limits.ema`.
+      10 % a doubling takes more than 30,000 steps. Where the level may jump, use `limits.ema`.
 
     Raises:
       ValueError: For a number outside of its range.
