@@ -1,6 +1,7 @@
 """Limits on a norm: `clip_to_limit(limits.percentile(95))`."""
 
 from ._limits import constant as constant, maximum as maximum, minimum as minimum
+from ._limits.deviation import deviation as deviation
 from ._limits.ema import ema as ema
 from ._limits.growth import growth as growth
 from ._limits.median import median as median

@@ -16,6 +16,7 @@ import optax
 from .. import _balls
 from .._inject import STRATEGIES
 from .._limits import constant, maximum, minimum
+from .._limits.deviation import deviation
 from .._limits.ema import ema
 from .._limits.growth import growth
 from .._limits.median import median
@@ -84,7 +85,16 @@ def _by_name(*functions: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
 
 
 LIMITS = _by_name(
-    constant, ema, growth, maximum, median, minimum, percentile, running_quantile, zscore
+    constant,
+    deviation,
+    ema,
+    growth,
+    maximum,
+    median,
+    minimum,
+    percentile,
+    running_quantile,
+    zscore,
 )
 MEASURES = _by_name(global_norm, group_norms, leaf_norms, unit_norms)
 RESPONSES = _by_name(drop, normalize, shrink, smooth, smooth_sqrt, smooth_tanh)

@@ -283,6 +283,7 @@ OURS = [
         for name, limit in {
             "percentile": gradclip_jax.limits.percentile(window=4),
             "median": gradclip_jax.limits.median(window=4),
+            "deviation": gradclip_jax.limits.deviation(window=4, min_count=4),
             "ema": gradclip_jax.limits.ema(),
             "running_quantile": gradclip_jax.limits.running_quantile(init=3e38),
         }.items()

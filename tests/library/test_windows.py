@@ -1,4 +1,4 @@
-"""Limits that remember a window of norms: percentiles, the median and the MAD."""
+"""Limits that remember a window of norms: percentiles, the median and the MAD, deviations."""
 
 import functools
 import inspect
@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import gradclip_jax
 from gradclip_jax import clip_to_limit
 from gradclip_jax._limits import minimum, update_finite
+from gradclip_jax._limits.deviation import deviation
 from gradclip_jax._limits.median import median
 from gradclip_jax._limits.percentile import percentile
 from gradclip_jax._limits.window import is_full, new_window, percentile_of, push
@@ -85,7 +86,22 @@ def median_in_numpy(k, window, norms):
     return limits
 
 
+def deviation_in_numpy(k, window, norms):
+    """At half of the window there is a limit, this norm included."""
+    limits = []
+    for t in range(len(norms)):
+        past = norms[max(0, t - window) : t].astype(np.float64)
+        known = len(past) + 1 >= window // 2
+        limits.append(past.mean() + k * past.std(ddof=1) if known else INF)
+    return limits
+
+
+def of_half_a_window(k, *, window):
+    return deviation(k, window=window, min_count=window // 2)
+
+
 LIMITS = {
+    "deviation": (of_half_a_window, deviation_in_numpy, 6.0, 8),
     "percentile": (percentile, past_percentile_in_numpy, 95.0, 100),
     "percentile of one": (percentile, past_percentile_in_numpy, 95.0, 1),
     "so_far": (so_far, percentile_so_far_in_numpy, 99.9, 100),
@@ -96,6 +112,7 @@ MADE = {
     "percentile": percentile(window=10),
     "so_far": so_far(window=10),
     "median": median(window=10),
+    "deviation": deviation(window=10, min_count=10),
 }
 each_made = pytest.mark.parametrize("limit", MADE.values(), ids=MADE)
 ALL = minimum(percentile(60, window=2), minimum(median(1.0, window=2), so_far(40, window=3)))
@@ -149,6 +166,50 @@ def test_a_median_of_numbers_to_check_by_hand():
     np.testing.assert_allclose(seen["clip_limit"][:4], INF)
     np.testing.assert_allclose(seen["clip_limit"][4], 1.05 + 5 * 1.4826 * 0.1, rtol=1e-6)
     np.testing.assert_allclose(seen["clip_factor"][4], 0.17913, rtol=1e-5)
+
+
+def olmo_skips(values, interval=128, sigma=6):
+    """Of a stream of losses or norms, those that the rule of OLMo-core takes for spikes."""
+    seen, skips = [], []
+    for value in values:
+        seen = [*seen, value][-(interval + 1) :]
+        past = seen[:-1]
+        decides = len(seen) >= max(2, interval // 2)
+        skips.append(decides and value - np.mean(past) > sigma * np.std(past, ddof=1))
+    return skips
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("sigma", [3, 6])
+def test_deviation_decides_as_olmo_core_does(seed, sigma):
+    rng = np.random.default_rng(seed)
+    norms = rng.lognormal(sigma=0.3, size=200)
+    norms[rng.integers(70, 200, 8)] *= 30  # spikes, of which some follow each other
+    limits, _ = run(deviation(sigma), norms)
+    expected = olmo_skips(norms, sigma=sigma)
+    np.testing.assert_array_equal(norms.astype(np.float32) > limits, expected)
+    assert 0 < sum(expected) < 20
+
+
+def test_a_constant_stream_is_never_a_spike_to_deviation_and_a_nan_does_not_enter():
+    """Of a constant stream OLMo-core skips every norm that rounding raises."""
+    norms = [0.1] * 10 + [np.nan] * 3 + [0.1] * 10 + [0.2]
+    limits, _ = run(deviation(window=8, min_count=4), norms)
+    assert (limits[:3] == INF).all()
+    np.testing.assert_allclose(limits[3:], 0.1006, rtol=1e-5)
+
+
+def test_squares_of_deviations_do_not_overflow():
+    limits, _ = run(deviation(2.0, window=4, min_count=3), [1e30, 3e30, 0.0])
+    np.testing.assert_allclose(limits[2], 2e30 + 2 * np.sqrt(2) * 1e30, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2.5, True, None])
+def test_no_count_that_may_not_be(bad):
+    with pytest.raises(ValueError, match=r"^`min_count` must be a whole number of at least 2, got"):
+        deviation(min_count=bad)
+    with pytest.raises(ValueError, match=r"^`window` must be at least `min_count`, got 32 and 64"):
+        deviation(window=32)
 
 
 def history_of(clip, norms):
