@@ -43,6 +43,7 @@ STRATEGIES: dict[str, Callable[[], optax.GradientTransformation]] = {
     "limits.ema": lambda: gj.clip_to_limit(gj.limits.ema()),
     "limit_norm_growth": gj.limit_norm_growth,
     "adagc": gj.adagc,
+    "clippy": gj.clippy,
     "spam_clip": gj.spam_clip,
     "zero_nonfinite": gj.zero_nonfinite,
     "skip_nonfinite": lambda: gj.skip_nonfinite(optax.identity()),

@@ -380,6 +380,14 @@ LIBRARY = os.environ.get("CLIP_LIBRARY", "gradclip_jax")
 STRATEGIES = {"gradclip_jax": OURS, "optax": OF_OPTAX}[LIBRARY]
 EVERY = STRATEGIES + (without_reference() if LIBRARY == "gradclip_jax" else [])
 """And what `@strategy` entered without a row above: laws that need no reference run over it."""
+MORE = (
+    [
+        Strategy("clippy", functools.partial(gradclip_jax.clippy, absolute=0.01), leaves),
+    ]
+    if LIBRARY == "gradclip_jax"
+    else []
+)
+"""Without a norm that a reference could compare: over devices they are as on one."""
 # One of each kind: the engine at global scope, a norm per array, an element, a matrix. Of another
 # library nothing is known to be shared.
 KINDS = {"clip_by_global_norm", "clip_by_norm", "clip_by_value", "spectral_clip"}

@@ -46,6 +46,7 @@ H100, EIGHT_H100 = ("H100", (1, 1)), ("H100:8", (2, 4))
 # What the registry has no threshold for.
 OTHERS = {
     "adagc": gradclip_jax.adagc,
+    "clippy": gradclip_jax.clippy,
     "spam_clip": gradclip_jax.spam_clip,
     "clip_by_dual_norm": functools.partial(gradclip_jax.clip_by_dual_norm, 1.0),
     "soft_spectral_clip": functools.partial(gradclip_jax.soft_spectral_clip, 1.0),
@@ -59,7 +60,7 @@ MATRICES = (
     "soft_spectral_clip",
 )
 """They multiply matrices, which takes kernels and reads of its own."""
-READS = {"adaptive_grad_clip": 2, "clip_by_global_norm[order=3]": 2}
+READS = {"adaptive_grad_clip": 2, "clip_by_global_norm[order=3]": 2, "clippy": 2}
 """Of gradients and parameters; and of the largest element before the powers."""
 BRANCHES = ("spectral_clip", "spectral_clip[polynomials]", "soft_spectral_clip")
 """On an H200 their branches cost 2 ms for GPT-2, and the products that they save 150."""

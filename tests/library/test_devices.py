@@ -12,7 +12,7 @@ import optax
 import pytest
 from conftest import make_mesh, shard_map
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from registry import FLOOR, STRATEGIES
+from registry import FLOOR, MORE, STRATEGIES
 
 import gradclip_jax
 from gradclip_jax import _devices, global_norm
@@ -20,11 +20,11 @@ from gradclip_jax import _devices, global_norm
 # Other responses are measured as `shrink` is; a matrix must be whole (`test_spectral.py`).
 MEASURED = [
     s for s in STRATEGIES if not (s.drops or s.of_matrices) and (s.enlarges or not s.changes_below)
-]
+] + MORE
 all_strategies = pytest.mark.parametrize("strategy", MEASURED, ids=str)
 # What jax asks of explicit axes, and of a collective where types say nothing, is written once for
 # each kind of norm.
-KINDS = [s for s in MEASURED if s in FLOOR or s.units or s.order == 3]
+KINDS = [s for s in MEASURED if s in FLOOR or s.units or s.order == 3 or s in MORE]
 AUTO = [(s, AxisType.Auto) for s in MEASURED]
 EXPLICIT = [(s, AxisType.Explicit) for s in KINDS]
 CHECKED = [(s, True) for s in MEASURED]

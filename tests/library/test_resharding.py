@@ -10,7 +10,7 @@ import pytest
 from collectives import collectives
 from conftest import make_mesh
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from registry import FLOOR, STRATEGIES
+from registry import FLOOR, MORE, STRATEGIES
 
 import gradclip_jax
 
@@ -30,10 +30,12 @@ MOST_UNITS = 7
 # Other responses are measured as `shrink` is; a matrix must be whole (`test_spectral.py`).
 MEASURED = [
     s for s in STRATEGIES if not (s.drops or s.of_matrices) and (s.enlarges or not s.changes_below)
-]
+] + MORE
 AUTO = [(s, AxisType.Auto) for s in MEASURED]
 # What explicit axes keep is the type of each leaf, and the engine sees to it for each kind of norm.
-EXPLICIT = [(s, AxisType.Explicit) for s in MEASURED if s in FLOOR or s.units or s.order == 3]
+EXPLICIT = [
+    (s, AxisType.Explicit) for s in MEASURED if s in FLOOR or s.units or s.order == 3 or s in MORE
+]
 both_kinds = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 both_of_units = pytest.mark.parametrize(
     "make", [gradclip_jax.clip_by_unit_norm, gradclip_jax.adaptive_grad_clip]
