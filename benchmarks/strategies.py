@@ -33,6 +33,7 @@ STRATEGIES: dict[str, Callable[[], optax.GradientTransformation]] = {
     "clip_by_group_norm": lambda: gj.clip_by_group_norm(1.0, labels=rank_label),
     "clip_by_block_rms": lambda: gj.clip_by_block_rms(1.0),
     "adaptive_grad_clip": gj.adaptive_grad_clip,
+    "clip_by_param_norm": gj.clip_by_param_norm,
     "clip_by_value": lambda: gj.clip_by_value(1.0),
     "normalize_by_norm": gj.normalize_by_norm,
     "limits.percentile": lambda: gj.clip_to_limit(gj.limits.percentile()),

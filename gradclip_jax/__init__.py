@@ -44,6 +44,7 @@ from ._strategies.clip_by_dual_norm import clip_by_dual_norm as clip_by_dual_nor
 from ._strategies.clip_by_global_norm import clip_by_global_norm as clip_by_global_norm
 from ._strategies.clip_by_group_norm import clip_by_group_norm as clip_by_group_norm
 from ._strategies.clip_by_norm import clip_by_norm as clip_by_norm
+from ._strategies.clip_by_param_norm import clip_by_param_norm as clip_by_param_norm
 from ._strategies.clip_by_unit_norm import clip_by_unit_norm as clip_by_unit_norm
 from ._strategies.clip_by_value import (
     clip_by_range as clip_by_range,

@@ -3,15 +3,10 @@
 import functools
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from .._checks import check_threshold
-from .._clip import apply_limits, measured_types
-from .._devices import of_pair
 from .._inject import strategy
-from .._limits import constant
 from .._norms import Axes, unit_norms
 from .._rescale import OnNonfinite, nonfinite_fill
 from .._state import (

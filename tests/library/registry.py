@@ -51,6 +51,11 @@ class Strategy:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def needs_params(self) -> bool:
+        """Whether its limit is one of the weights."""
+        return self.limit is weight_limit
+
     def vectors(self, tree: Tree) -> list[np.ndarray]:
         """The elements of each group."""
         numbers = self.groups(tree)
@@ -269,6 +274,20 @@ OURS = [
         argument="clipping",
         limit=weight_limit,
         units=True,
+    ),
+    Strategy(
+        "clip_by_param_norm",
+        gradclip_jax.clip_by_param_norm,
+        leaves,
+        argument="ratio",
+        limit=weight_limit,
+    ),
+    Strategy(
+        "clip_by_param_norm[global_norm]",
+        functools.partial(gradclip_jax.clip_by_param_norm, measure=gradclip_jax.global_norm),
+        everything,
+        argument="ratio",
+        limit=weight_limit,
     ),
     Strategy(
         "normalize_by_norm",

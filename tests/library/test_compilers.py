@@ -61,6 +61,7 @@ MATRICES = (
 )
 """They multiply matrices, which takes kernels and reads of its own."""
 READS = {"adaptive_grad_clip": 2, "clip_by_global_norm[order=3]": 2, "clippy": 2}
+READS |= {"clip_by_param_norm": 2, "clip_by_param_norm[global_norm]": 2}
 """Of gradients and parameters; and of the largest element before the powers."""
 BRANCHES = ("spectral_clip", "spectral_clip[polynomials]", "soft_spectral_clip")
 """On an H200 their branches cost 2 ms for GPT-2, and the products that they save 150."""

@@ -97,7 +97,7 @@ def test_updates_at_or_below_the_limit_are_bit_identical(strategy):
 
 @all_strategies
 def test_an_update_exactly_at_the_limit_is_bit_identical(strategy):
-    if strategy.changes_below or strategy.order == 3 or strategy.argument == "clipping":
+    if strategy.changes_below or strategy.order == 3 or strategy.needs_params:
         pytest.skip("no norm that is exact to the last bit")
     updates = {"kernel": jnp.zeros((2, 2)).at[0, 1].set(3.0)}
     limit = 1.5 if strategy.argument == "threshold" else 3.0  # a root mean square of four elements
@@ -320,7 +320,7 @@ def test_only_a_clip_that_needs_params_compares_their_structure_with_that_of_the
     """`optax.lookahead` has two of each parameter, and one gradient."""
     clip, updates = strategy.make(LIMIT), normal_tree(scale=10)
     params = optax.LookaheadParams(PARAMS, PARAMS)
-    if strategy.argument == "clipping":
+    if strategy.needs_params:
         with pytest.raises(ValueError, match="`params` must have the structure of the updates"):
             clip.update(updates, clip.init(PARAMS), params)
     else:
