@@ -28,6 +28,7 @@ def rank_label(tree: Any) -> Any:
 
 STRATEGIES: dict[str, Callable[[], optax.GradientTransformation]] = {
     BASE: lambda: gj.clip_by_global_norm(1.0),
+    "clip_or_drop": lambda: gj.clip_or_drop(1.0, drop_norm=100.0),
     "clip_by_norm": lambda: gj.clip_by_norm(1.0),
     "clip_by_unit_norm": lambda: gj.clip_by_unit_norm(1.0),
     "clip_by_group_norm": lambda: gj.clip_by_group_norm(1.0, labels=rank_label),

@@ -50,6 +50,7 @@ from ._strategies.clip_by_value import (
     clip_by_range as clip_by_range,
     clip_by_value as clip_by_value,
 )
+from ._strategies.clip_or_drop import clip_or_drop as clip_or_drop
 from ._strategies.clippy import clippy as clippy
 from ._strategies.limit_norm_growth import limit_norm_growth as limit_norm_growth
 from ._strategies.normalize_by_norm import normalize_by_norm as normalize_by_norm
