@@ -426,9 +426,9 @@ STRATEGIES = [
     ),
     Mutant(
         "AGC: eps is added to the norm of the weights",
-        "_strategies/adaptive_grad_clip.py",
-        "fraction * jnp.maximum(w, floor)",
-        "fraction * (w + floor)",
+        "_strategies/clip_by_param_norm.py",
+        "* jnp.maximum(norm, floor)",
+        "* (norm + floor)",
         ("adaptive_grad_clip", "*laws"),
     ),
     Mutant(

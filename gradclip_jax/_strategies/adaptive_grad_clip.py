@@ -8,17 +8,9 @@ import optax
 from .._checks import check_threshold
 from .._inject import strategy
 from .._norms import Axes, unit_norms
-from .._rescale import OnNonfinite, nonfinite_fill
-from .._state import (
-    ClipState,
-    check_params,
-    check_trees,
-    init_threshold,
-    initial_state,
-    read_threshold,
-    transformation,
-)
-from .._types import AxisName, Params, Threshold, Updates
+from .._rescale import OnNonfinite
+from .._types import AxisName, Threshold
+from .clip_by_param_norm import clip_to_params
 
 
 @strategy("clipping", "eps")
@@ -69,43 +61,14 @@ def adaptive_grad_clip(
     Brock, De, Smith, Simonyan, *High-Performance Large-Scale Image Recognition Without
     Normalization*, ICML 2021, https://arxiv.org/abs/2102.06171, equation 3.
     """
-    nonfinite_fill(on_nonfinite)
-    ratio = constant(check_threshold("clipping", clipping))
-    least = constant(check_threshold("eps", eps))
-    measure = functools.partial(unit_norms, axes=nfnets_axes if axes is None else axes)
-
-    def init(params: Params) -> ClipState:
-        norms = measured_types(measure, params, axis_name)
-        limit_state = (init_threshold(ratio), init_threshold(least))
-        return initial_state(norms, limit_state, layer_norms=())
-
-    def update(
-        updates: Updates, state: ClipState, params: Params = None, **extra_args: Any
-    ) -> tuple[Updates, ClipState]:
-        del extra_args
-        if params is None:
-            raise ValueError(
-                "`adaptive_grad_clip` compares gradients with parameters: call "
-                "`update(updates, state, params)`."
-            )
-        check_params(updates, params)
-        check_trees(updates, params)
-        # Measured together, they share one collective.
-        norms, weights = measure((updates, params), axis_name=of_pair(axis_name))
-        fraction, ratio_state = read_threshold(ratio, state.limit_state[0])
-        floor, least_state = read_threshold(least, state.limit_state[1])
-        limits = jax.tree.map(lambda _, w: fraction * jnp.maximum(w, floor), norms, weights)
-        return apply_limits(
-            updates,
-            norms,
-            limits,
-            state,
-            (ratio_state, least_state),
-            on_nonfinite=on_nonfinite,
-            axis_name=axis_name,
-        )
-
-    return transformation(init, update)
+    return clip_to_params(
+        "adaptive_grad_clip",
+        check_threshold("clipping", clipping),
+        check_threshold("eps", eps),
+        functools.partial(unit_norms, axes=nfnets_axes if axes is None else axes),
+        axis_name,
+        on_nonfinite,
+    )
 
 
 def nfnets_axes(path: str, leaf: Any) -> tuple[int, ...]:

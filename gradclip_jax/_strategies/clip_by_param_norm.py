@@ -12,9 +12,9 @@ from .._devices import of_pair
 from .._inject import strategy
 from .._leaves import is_gradient, norm_dtype
 from .._limits import constant
-from .._measures import gives_norms, unbound
+from .._measures import gives_norms, gives_norms_of_arrays, unbound
 from .._norms import global_norm, group_norms, leaf_norms, unit_norms
-from .._rescale import OnNonfinite, check_on_nonfinite
+from .._rescale import OnNonfinite, nonfinite_fill
 from .._state import (
     ClipState,
     check_norms,
@@ -96,7 +96,7 @@ def clip_to_params(
     on_nonfinite: OnNonfinite,
 ) -> optax.GradientTransformationExtraArgs:
     """A clip to a fraction of the norms of weights, with thresholds that are checked already."""
-    check_on_nonfinite(on_nonfinite)
+    nonfinite_fill(on_nonfinite)
     known = (leaf_norms, unit_norms, global_norm)
     if all(unbound(measure)[0] is not function for function in known):
         raise ValueError(
@@ -105,11 +105,12 @@ def clip_to_params(
         )
     fraction, least = constant(ratio), constant(eps)
     are_norms = gives_norms(measure)
+    layers = () if gives_norms_of_arrays(measure) else None
 
     def init(params: Params) -> ClipState:
         norms = measured_types(measure, params, axis_name)
         thresholds = (init_threshold(fraction), init_threshold(least))
-        return initial_state(norms, thresholds, are_norms=are_norms)
+        return initial_state(norms, thresholds, are_norms=are_norms, layer_norms=layers)
 
     def update(
         updates: Updates, state: ClipState, params: Params = None, **extra_args: Any
@@ -123,7 +124,7 @@ def clip_to_params(
         check_params(updates, params)
         check_trees(updates, params)
         norms, weights = _of_both(measure, updates, params, axis_name)
-        check_norms(norms, state, are_norms=are_norms)
+        check_norms(norms, state, are_norms=are_norms, layer_norms=layers)
         share, share_state = read_threshold(fraction, state.limit_state[0])
         floor, floor_state = read_threshold(least, state.limit_state[1])
 

@@ -20,7 +20,6 @@ from .._platforms import elementwise
 from .._rescale import (
     Factor,
     OnNonfinite,
-    check_on_nonfinite,
     nonfinite_fill,
     rescale,
     shrink,
@@ -87,7 +86,7 @@ def clippy(
     """
     share = constant(check_threshold("relative", relative))
     least = constant(check_threshold("absolute", absolute))
-    check_on_nonfinite(on_nonfinite)
+    nonfinite_fill(on_nonfinite)
     largest = functools.partial(leaf_norms, order=jnp.inf)
 
     def init(params: Params) -> ClipState:
