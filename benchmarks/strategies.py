@@ -26,6 +26,22 @@ def rank_label(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: "matrix" if np.ndim(leaf) > 1 else "vector", tree)
 
 
+def qk_clip() -> optax.GradientTransformation:
+    """Each matrix as a query of two heads, whose logits are its first two elements."""
+
+    def heads(path: str, weight: Any) -> gj.Heads | None:
+        shape = (weight.shape[0], 2, -1)
+        return gj.Heads("query_rotary", axis=1, shape=shape) if weight.ndim == 2 else None
+
+    clip = gj.qk_clip(heads=heads)
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        logits = jax.tree.map(lambda w: w[0, :2] if w.ndim == 2 else None, params)
+        return clip.update(updates, state, params, max_logits=logits)
+
+    return optax.GradientTransformation(clip.init, update)
+
+
 STRATEGIES: dict[str, Callable[[], optax.GradientTransformation]] = {
     BASE: lambda: gj.clip_by_global_norm(1.0),
     "clip_or_drop": lambda: gj.clip_or_drop(1.0, drop_norm=100.0),
@@ -47,6 +63,7 @@ STRATEGIES: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adagc": gj.adagc,
     "clippy": gj.clippy,
     "spam_clip": gj.spam_clip,
+    "qk_clip": qk_clip,
     "zero_nonfinite": gj.zero_nonfinite,
     "skip_nonfinite": lambda: gj.skip_nonfinite(optax.identity()),
     "skip_spikes": lambda: gj.skip_spikes(optax.identity(), limit=gj.limits.ema(6.0)),

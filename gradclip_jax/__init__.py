@@ -52,8 +52,10 @@ from ._strategies.clip_by_value import (
 )
 from ._strategies.clip_or_drop import clip_or_drop as clip_or_drop
 from ._strategies.clippy import clippy as clippy
+from ._strategies.heads import Heads as Heads
 from ._strategies.limit_norm_growth import limit_norm_growth as limit_norm_growth
 from ._strategies.normalize_by_norm import normalize_by_norm as normalize_by_norm
+from ._strategies.qk_clip import qk_clip as qk_clip
 from ._strategies.spam_clip import spam_clip as spam_clip
 from ._strategies.spectral_clip import (
     soft_spectral_clip as soft_spectral_clip,

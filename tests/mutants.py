@@ -453,6 +453,27 @@ STRATEGIES = [
         ("elementwise",),
     ),
     Mutant(
+        "QK-Clip: the key takes the share of the query",
+        "_strategies/qk_clip.py",
+        '"key": gamma ** (1 - share),',
+        '"key": gamma**share,',
+        ("qk_clip",),
+    ),
+    Mutant(
+        "QK-Clip: weights before the step are rescaled",
+        "_strategies/qk_clip.py",
+        "scale * (old + step.astype(wide)) - old",
+        "scale * old - old + step.astype(wide)",
+        ("qk_clip",),
+    ),
+    Mutant(
+        "QK-Clip: no bound on how far one step shrinks a weight",
+        "_strategies/qk_clip.py",
+        "jnp.maximum(factors[view.role], least)",
+        "factors[view.role]",
+        ("qk_clip",),
+    ),
+    Mutant(
         "two digits of a coefficient of Muon swapped",
         "_balls.py",
         "3.4445, -4.7750, 2.0315",

@@ -1,6 +1,7 @@
 """A clip from a config: a dict, or a JSON or YAML file."""
 
 import difflib
+import fnmatch
 import functools
 import importlib
 import inspect
@@ -25,6 +26,7 @@ from .._limits.running_quantile import running_quantile
 from .._limits.zscore import zscore
 from .._norms import global_norm, group_norms, leaf_norms, unit_norms
 from .._rescale import drop, normalize, shrink, smooth, smooth_sqrt, smooth_tanh
+from .._strategies.heads import Heads
 
 
 def from_config(
@@ -39,6 +41,7 @@ def from_config(
     | `"limit"`, `"a"`, `"b"` | a number, or a limit: `{"method": "percentile", "window": 64}` |
     | `"measure"`, `"response"` | a name, or with arguments `{"method": "unit_norms", "axes": 1}` |
     | `"ball"` | the name of a ball, or a dict of them |
+    | `"heads"` | a dict of patterns: `{"*/query/kernel": {"role": "query", "axis": 1}, …}` |
     | a number | or a string of one that has an exponent, as YAML reads `1e-3`, or is infinite |
     | a threshold | also a schedule of optax: `{"schedule": "linear", "init_value": 9.0, …}` |
     | a list | a tuple |
@@ -171,6 +174,8 @@ def _value(name: str, value: Any, where: str) -> Any:
             return _function(value, MEASURES, name, where)
         case "response":
             return _function(value, RESPONSES, name, where)
+        case "heads" if isinstance(value, Mapping):
+            return _heads(value, where)
         case "ball" if isinstance(value, str):
             return BALLS[_checked(value, BALLS, name, where)]
         case _:
@@ -196,6 +201,32 @@ def _function(value: Any, known: Mapping[str, Callable[..., Any]], kind: str, wh
     names = [p.name for p in signature.values() if p.kind is p.KEYWORD_ONLY]
     names = [name for name in names if name != "axis_name"]
     return functools.partial(function, **_arguments(function, arguments, names, where))
+
+
+def _heads(patterns: Mapping[str, Any], where: str) -> Callable[[str, Any], list[Heads]]:
+    """A function of path and weight, from the `Heads` of each pattern of paths."""
+    fields = list(inspect.signature(Heads).parameters)
+    named: dict[str, list[Heads]] = {}
+    for pattern, given in patterns.items():
+        entries, place = given if isinstance(given, list) else [given], f"{where}.{pattern}"
+        named[pattern] = []
+        for entry in entries:
+            if not isinstance(entry, Mapping):
+                raise ValueError(f"`{place}` must be a dict with `role` and `axis`, got {entry!r}.")
+            values = _arguments(Heads, entry, fields, place)
+            # The keys of JSON are strings, and it has no slices.
+            values["part"] = {
+                int(axis): slice(*of) if isinstance(of, tuple) else of
+                for axis, of in values.get("part", {}).items()
+            }
+            named[pattern].append(Heads(**values))
+
+    def heads(path: str, weight: Any) -> list[Heads]:
+        del weight
+        matching = [of for pattern, of in named.items() if fnmatch.fnmatchcase(path, pattern)]
+        return [entry for entries in matching for entry in entries]
+
+    return heads
 
 
 def _schedule(entry: Mapping[str, Any], where: str) -> optax.Schedule:

@@ -333,8 +333,12 @@ OURS = [
 def required_arguments(make: Callable[..., Any]) -> dict[str, Any]:
     """Arguments that a strategy has no default for: 1 for a number, and labels of one group."""
     parameters = inspect.signature(inspect.unwrap(make)).parameters.values()
-    known = {"labels": lambda tree: "all", "lower": -1.0}
+    known = {"labels": lambda tree: "all", "lower": -1.0, "heads": _each_row}
     return {p.name: known.get(p.name, 1.0) for p in parameters if p.default is p.empty}
+
+
+def _each_row(path: str, weight: Any) -> gradclip_jax.Heads | None:
+    return gradclip_jax.Heads("query_rotary", axis=0) if weight.ndim else None
 
 
 def without_reference() -> list[Strategy]:
@@ -347,7 +351,8 @@ def without_reference() -> list[Strategy]:
     return [
         Strategy(name, by_default(make), everything)
         for name, make in _inject.STRATEGIES.items()
-        if name not in known | {"zero_nonfinite"}  # a guard, without a norm
+        # A guard without a norm, and a clip of weights by logits that no law has.
+        if name not in known | {"zero_nonfinite", "qk_clip"}
     ]
 
 

@@ -17,6 +17,7 @@ import jax
 import optax
 import programs
 import pytest
+import strategies
 from hlo import Facts
 from jax.sharding import PartitionSpec as P
 from registry import LIBRARY, OURS
@@ -48,6 +49,7 @@ OTHERS = {
     "adagc": gradclip_jax.adagc,
     "clippy": gradclip_jax.clippy,
     "spam_clip": gradclip_jax.spam_clip,
+    "qk_clip": strategies.STRATEGIES["qk_clip"],
     "clip_by_dual_norm": functools.partial(gradclip_jax.clip_by_dual_norm, 1.0),
     "soft_spectral_clip": functools.partial(gradclip_jax.soft_spectral_clip, 1.0),
     "zero_nonfinite": gradclip_jax.zero_nonfinite,
