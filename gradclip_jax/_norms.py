@@ -104,12 +104,10 @@ def unit_norms(
     [[5. 1.]]
     """
     measured = _flatten(tree, axis_name)
-    dims = tuple(
-        _unit_dims(axes, path, jax.ShapeDtypeStruct(whole_shape(leaf, given), leaf.dtype))
-        for path, leaf, given in zip(measured.paths, measured.leaves, measured.given, strict=True)
-    )
     each = tuple((i,) for i in range(len(measured.leaves)))
-    return measured.unflatten(_measure(measured, dims=dims, groups=each, order=order))
+    return measured.unflatten(
+        _measure(measured, dims=_dims(measured, axes), groups=each, order=order)
+    )
 
 
 def group_norms(
@@ -151,15 +149,29 @@ def group_norms(
 def leaf_sizes(tree: Any, *, axis_name: AxisName = None) -> Any:
     """Number of elements of each leaf that `leaf_norms` counts, over all devices that hold it."""
     measured = _flatten(tree, axis_name)
-    checked = vma_checked()
-    return measured.unflatten(
-        [
-            leaf.size * axis_size(reduced_axes(path, leaf, given, None, checked))
-            for path, leaf, given in zip(
-                measured.paths, measured.leaves, measured.given, strict=True
-            )
-        ]
-    )
+    return _sizes(measured, (None,) * len(measured.leaves))
+
+
+def unit_sizes(tree: Any, *, axes: Axes = None, axis_name: AxisName = None) -> Any:
+    """Number of elements of one unit of each leaf that `unit_norms` counts, likewise."""
+    measured = _flatten(tree, axis_name)
+    return _sizes(measured, _dims(measured, axes))
+
+
+def block_axes(axes: Axes) -> Callable[[str, Any], tuple[int, ...]]:
+    """Axes as in `unit_norms`, but a leaf for which they name none is one unit."""
+
+    def of_leaf(path: str, leaf: Any) -> Any:
+        every = tuple(range(leaf.ndim))
+        if callable(axes):
+            chosen = axes(path, leaf)
+            return every if chosen is None else chosen
+        given: tuple[Any, ...] = (axes,) if isinstance(axes, int) else tuple(axes or ())
+        if not all(isinstance(axis, int) for axis in given):
+            return given  # `unit_norms` says what is wrong with it
+        return tuple(axis for axis in given if -leaf.ndim <= axis < leaf.ndim) or every
+
+    return of_leaf
 
 
 class _Measured(NamedTuple):
@@ -186,6 +198,28 @@ def _flatten(tree: Any, axis_name: AxisName) -> _Measured:
             measured.paths.append(path_name(path))
             measured.given.append(given)
     return measured
+
+
+def _dims(measured: _Measured, axes: Axes) -> tuple[tuple[int, ...], ...]:
+    """Of each leaf the axes that one unit spans."""
+    of_leaf = zip(measured.paths, measured.leaves, measured.given, strict=True)
+    return tuple(
+        _unit_dims(axes, path, jax.ShapeDtypeStruct(whole_shape(leaf, given), leaf.dtype))
+        for path, leaf, given in of_leaf
+    )
+
+
+def _sizes(measured: _Measured, dims: Sequence[tuple[int, ...] | None]) -> Any:
+    """Number of elements of each leaf along these axes (None: all), over all devices."""
+    checked = vma_checked()
+    of_leaf = zip(measured.paths, measured.leaves, measured.given, dims, strict=True)
+    return measured.unflatten(
+        [
+            (leaf.size if over is None else math.prod(leaf.shape[i] for i in over))
+            * axis_size(reduced_axes(path, leaf, given, over, checked))
+            for path, leaf, given, over in of_leaf
+        ]
+    )
 
 
 def _unit_dims(axes: Axes, path: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:

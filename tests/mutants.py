@@ -163,8 +163,8 @@ NORMS = [
     Mutant(
         "the size of a leaf is that on one device",
         "_norms.py",
-        "leaf.size * axis_size(reduced_axes(path, leaf, given, None, checked))",
-        "leaf.size",
+        "* axis_size(reduced_axes(path, leaf, given, over, checked))",
+        "* 1",
         ("devices", "skips", "classics"),
     ),
     Mutant(

@@ -138,6 +138,11 @@ def all_but_last(leaf: np.ndarray) -> tuple[int, ...]:
     return tuple(range(leaf.ndim)) if leaf.ndim <= 1 else tuple(range(leaf.ndim - 1))
 
 
+def layer_of_stack(leaf: np.ndarray) -> tuple[int, ...]:
+    """The axes 1 and 2 as far as they are there; an array with neither is one unit."""
+    return tuple(range(leaf.ndim))[1:3] or tuple(range(leaf.ndim))
+
+
 def last_two(leaf: np.ndarray) -> tuple[int, ...]:
     """The axes of a matrix in a stack; a vector or scalar is one."""
     return tuple(range(leaf.ndim))[-2:]
@@ -266,6 +271,14 @@ OURS = [
         leaves,
         argument="threshold",
         limit=rms_limit,
+    ),
+    Strategy(
+        "clip_by_block_rms[axes]",
+        functools.partial(gradclip_jax.clip_by_block_rms, axes=(1, 2)),
+        functools.partial(units, axes=layer_of_stack),
+        argument="threshold",
+        limit=rms_limit,
+        units=True,
     ),
     Strategy(
         "adaptive_grad_clip",

@@ -70,6 +70,38 @@ def test_clip_by_block_rms_shrinks_what_is_large_and_never_amplifies():
     assert float(state.clip_limit["large"]) == pytest.approx(10.0)
 
 
+def test_clip_by_block_rms_has_one_rms_for_each_layer_of_a_stack():
+    """Pooled, the quiet layer would shrink with the loud one: RMS 2.85 of both together."""
+    updates = {
+        "stack": jnp.stack([jnp.full((2, 3), 0.5), jnp.full((2, 3), 4.0)]),
+        "biases": jnp.stack([jnp.full(3, 5.0), jnp.full(3, 0.1)]),
+        "vector": jnp.array([3.0, 0.0, 0.0]),  # RMS 1.73: it has no axis 1, so it is one block
+        "scalar": jnp.float32(7.0),
+    }
+    result, state = run(gradclip_jax.clip_by_block_rms(1.0, axes=(1, 2)), updates)
+    np.testing.assert_array_equal(result["stack"][0], updates["stack"][0])
+    np.testing.assert_allclose(result["stack"][1], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(result["biases"], [[1.0] * 3, [0.1] * 3], rtol=1e-6)
+    np.testing.assert_allclose(result["vector"], [np.sqrt(3), 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(result["scalar"], 1.0, rtol=1e-6)
+    assert state.grad_norm["stack"].shape == (2, 1, 1)
+
+
+def test_clip_by_block_rms_asks_a_callable_for_the_axes_of_each_array():
+    def axes(path, leaf):
+        return tuple(range(1, leaf.ndim)) if path.startswith("layers") else None
+
+    updates = {"layers": jnp.array([[4.0, 4.0], [0.5, 0.5]]), "head": jnp.array([[4.0], [0.0]])}
+    result, _ = run(gradclip_jax.clip_by_block_rms(1.0, axes=axes), updates)
+    np.testing.assert_allclose(result["layers"], [[1.0, 1.0], [0.5, 0.5]], rtol=1e-6)
+    np.testing.assert_allclose(result["head"], [[np.sqrt(2)], [0]], rtol=1e-6)
+
+
+def test_clip_by_block_rms_names_axes_that_may_not_be():
+    with pytest.raises(ValueError, match="`axes` must be an int or a tuple of ints, got"):
+        gradclip_jax.clip_by_block_rms(1.0, axes=("1",)).init(jnp.ones((2, 2)))
+
+
 LABELS = {"a": "x", "b": "y"}
 UPDATES = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([30.0, 40.0])}
 

@@ -219,8 +219,9 @@ def test_one_collective_whatever_the_number_of_leaves(strategy, check_vma, mesh)
     )
     found = collectives(mapped, updates)
     # Powers of order 3 overflow from 7e12, so that they are scaled by the largest modulus; and
-    # where units may be split, the counters are agreed on.
-    two = strategy.order == 3 or (strategy.units and not check_vma)
+    # where units may be split, the counters are agreed on. Layers of a stack are whole here.
+    whole = strategy.name == "clip_by_block_rms[axes]"
+    two = strategy.order == 3 or (strategy.units and not check_vma and not whole)
     assert found.total() == (2 if two else 1)
 
 
