@@ -14,6 +14,7 @@ from ._clip import clip_norms as clip_norms, clip_to_limit as clip_to_limit
 from ._given import given_norm as given_norm
 from ._guards import (
     clip21 as clip21,
+    clip_update_rms as clip_update_rms,
     error_feedback as error_feedback,
     skip_nonfinite as skip_nonfinite,
     skip_spikes as skip_spikes,

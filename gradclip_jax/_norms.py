@@ -152,26 +152,29 @@ def leaf_sizes(tree: Any, *, axis_name: AxisName = None) -> Any:
     return _sizes(measured, (None,) * len(measured.leaves))
 
 
-def unit_sizes(tree: Any, *, axes: Axes = None, axis_name: AxisName = None) -> Any:
-    """Number of elements of one unit of each leaf that `unit_norms` counts, likewise."""
-    measured = _flatten(tree, axis_name)
-    return _sizes(measured, _dims(measured, axes))
+def of_blocks(axes: Axes) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The norm and the size of each array or, with `axes`, of each block that spans them.
 
-
-def block_axes(axes: Axes) -> Callable[[str, Any], tuple[int, ...]]:
-    """Axes as in `unit_norms`, but a leaf for which they name none is one unit."""
+    Axes as in `unit_norms`, but an array for which they name none is one block.
+    """
+    if axes is None:
+        return leaf_norms, leaf_sizes
 
     def of_leaf(path: str, leaf: Any) -> Any:
         every = tuple(range(leaf.ndim))
         if callable(axes):
             chosen = axes(path, leaf)
             return every if chosen is None else chosen
-        given: tuple[Any, ...] = (axes,) if isinstance(axes, int) else tuple(axes or ())
+        given: tuple[Any, ...] = (axes,) if isinstance(axes, int) else tuple(axes)
         if not all(isinstance(axis, int) for axis in given):
-            return given  # `unit_norms` says what is wrong with it
+            return given  # `_unit_dims` says what is wrong with it
         return tuple(axis for axis in given if -leaf.ndim <= axis < leaf.ndim) or every
 
-    return of_leaf
+    def sizes(tree: Any, *, axis_name: AxisName = None) -> Any:
+        measured = _flatten(tree, axis_name)
+        return _sizes(measured, _dims(measured, of_leaf))
+
+    return functools.partial(unit_norms, axes=of_leaf), sizes
 
 
 class _Measured(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ._guards import Clip21State, ErrorFeedbackState, SkipState
+from ._guards import Clip21State, ErrorFeedbackState, SkipState, UpdateRmsState
 from ._state import ClipState, NonfiniteState
 
 
@@ -76,11 +76,11 @@ class _Guard(NamedTuple):
 
 
 def _inner_field(state: Any) -> str:
-    return "inner_state" if isinstance(state, SkipState) else "clip_state"
+    return "inner_state" if isinstance(state, SkipState | UpdateRmsState) else "clip_state"
 
 
 def _is_guard(x: Any) -> bool:
-    return isinstance(x, SkipState | ErrorFeedbackState | Clip21State)
+    return isinstance(x, SkipState | ErrorFeedbackState | Clip21State | UpdateRmsState)
 
 
 def _split_guards(tree: Any) -> Any:

@@ -10,4 +10,5 @@ from .skip import (
     skip_nonfinite as skip_nonfinite,
     skip_spikes as skip_spikes,
 )
+from .update_rms import UpdateRmsState as UpdateRmsState, clip_update_rms as clip_update_rms
 from .zero_nonfinite import zero_nonfinite as zero_nonfinite

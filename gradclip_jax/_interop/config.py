@@ -113,7 +113,7 @@ OF_LIMIT = 'is a limit: {{"method": "clip_to_limit", "limit": {{"method": "{}"}}
 ADVICE = {
     name: advice.format(name)
     for advice, names in {
-        OF_OPTIMIZER: ("skip_nonfinite", "skip_spikes"),
+        OF_OPTIMIZER: ("clip_update_rms", "skip_nonfinite", "skip_spikes"),
         OF_CLIP: ("clip21", "error_feedback"),
         OF_LIMIT: LIMITS,
     }.items()

@@ -1,6 +1,5 @@
 """Clip the root mean square of each array: a limit that does not grow with its size."""
 
-import functools
 import math
 from typing import Any
 
@@ -12,7 +11,7 @@ from .._checks import check_threshold
 from .._clip import clip_norms
 from .._inject import strategy
 from .._limits import Limits, constant
-from .._norms import Axes, block_axes, leaf_norms, leaf_sizes, unit_norms, unit_sizes
+from .._norms import Axes, of_blocks
 from .._rescale import OnNonfinite
 from .._state import init_threshold, read_threshold
 from .._types import AxisName, Norms, Params, Threshold, Updates
@@ -63,10 +62,7 @@ def clip_by_block_rms(
     https://arxiv.org/abs/1804.04235, algorithm 4 (update clipping), without its preconditioner.
     """
     rms = constant(check_threshold("threshold", threshold))
-    measure, sizes_of = leaf_norms, leaf_sizes
-    if axes is not None:
-        measure = functools.partial(unit_norms, axes=block_axes(axes))
-        sizes_of = functools.partial(unit_sizes, axes=block_axes(axes))
+    measure, sizes_of = of_blocks(axes)
 
     def update(norms: Norms, state: Any, updates: Updates, params: Params) -> tuple[Norms, Any]:
         del params

@@ -183,6 +183,16 @@ def test_on_gpu_a_clip_adds_few_kernels_and_no_branch(name):
 
 
 @gpu
+def test_on_gpu_update_clipping_has_no_branch_and_keeps_one_copy_of_the_updates():
+    adamw = optax.adamw(1e-3)
+    around = gradclip_jax.clip_update_rms(adamw, b2=0.999)
+    ours = compiled(programs.update(TREE, "float32", None, around), H100).facts
+    assert ours.conditionals == ours.host_synchronizations == 0
+    assert ours.temporary <= 1.01 * GRADIENTS
+    assert ours.kernels <= without(H100).kernels + 3 * LEAVES
+
+
+@gpu
 @pytest.mark.parametrize("name", ["clip_by_global_norm", "clip_by_norm", "clip_by_value", "zclip"])
 def test_on_eight_gpus_the_host_never_waits(name):
     ours, none = update(STRATEGIES[name](), EIGHT_H100), without(EIGHT_H100)
