@@ -8,13 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import (
-    Threshold,
-    check_above,
-    check_between_0_and_1,
-    check_threshold,
-    check_transformation,
-)
+from .._checks import check_above, check_between_0_and_1, check_threshold, check_transformation
 from .._clip import apply_limits, measured_types
 from .._compiled import compiled
 from .._devices import reshard_like
@@ -24,7 +18,7 @@ from .._leaves import is_gradient, path_name, widen
 from .._limits import constant
 from .._memory import to_device
 from .._norms import Axes, of_blocks
-from .._rescale import OnNonfinite, check_on_nonfinite
+from .._rescale import OnNonfinite, nonfinite_fill
 from .._safe import safe_power
 from .._state import (
     ClipState,
@@ -34,7 +28,7 @@ from .._state import (
     initial_state,
     read_threshold,
 )
-from .._types import AxisName, Params, Updates
+from .._types import AxisName, Params, Threshold, Updates
 from .memory import is_none
 
 
@@ -113,7 +107,7 @@ def clip_update_rms(
     limit = constant(check_threshold("threshold", threshold))
     decay = None if b2 is None else float(check_between_0_and_1("b2", b2))
     least = float(check_above("eps", eps, 0))
-    check_on_nonfinite(on_nonfinite)
+    nonfinite_fill(on_nonfinite)
     measure, sizes_of = of_blocks(axes)
 
     def init(params: Params) -> UpdateRmsState:
