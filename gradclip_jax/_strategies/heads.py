@@ -125,11 +125,12 @@ def named_weights(
         if given:
             views = tuple(_view(name, jnp.shape(array), entry) for entry in given)
             found.append(Weight(position, name, array, views))
-    if not found:
+    # `optax.tree.map_params` calls `init` with a tree of no leaves.
+    if named and not found:
         paths = ", ".join(f"`{path_name(path)}`" for path, _ in named[:3])
         raise ValueError(
             "`heads` must return `Heads` for the weights of queries and keys, got None for all of "
-            f"{len(named)}: their paths are like {paths or 'none'}."
+            f"{len(named)}: their paths are like {paths}."
         )
     return found
 

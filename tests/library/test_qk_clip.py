@@ -551,6 +551,15 @@ def test_leaves_that_are_none_or_masked_are_passed_by():
     np.testing.assert_array_equal(again["query"], updates["query"])
 
 
+def test_optax_maps_over_its_state():
+    """`optax.tree.map_params` calls `init` with placeholders."""
+    chain = optax.chain(optax.adam(1.0), qk_clip(heads=by_role))
+    state = chain.init(PAIR)
+    mapped = optax.tree.map_params(chain, lambda x: 0 * x + 7, state)
+    assert float(mapped[0][0].mu["query"][0, 0, 0]) == 7
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+
+
 def test_eager_is_compiled_and_vmap_is_each(standard_promotion):
     clip = qk_clip(heads=by_role)
     many = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), PAIR)
