@@ -7,6 +7,12 @@ automatic and with explicit axes, `shard_map` and `pmap`. It ends in a table of 
 are. Weights, optimizer state and the state of the clip are split by logical rules: storage along
 `data`, work along `model`. Weights and their gradients are float32, products bfloat16.
 
+    python examples/sharded_transformer.py --cpu-devices 8 --mesh data=4,model=2 --compare \\
+        --optimizer muon --learning-rate 0.2 --weight-decay 0 --qk-clip 100 --steps 300 \\
+        --units 64 --context 32 --batch 32 --accumulate 1
+
+trains it twice by Muon, without a clip of attention logits and with one, and draws the logits.
+
     python examples/sharded_transformer.py --cpu-devices 4 --processes 2 --mesh data=4,model=2
 
 is the same network in two processes. A run that is killed continues bit for bit when the same
@@ -27,6 +33,7 @@ import optax
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec as P
+from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from shared import launch
@@ -34,18 +41,35 @@ from shared.checkpoints import ShardedCheckpoints, checksum
 from shared.command_line import InputError, Parser, console
 from shared.data import Corpus, load_corpus, user_cache
 from shared.parallel import STYLES, Style
+from shared.results import save_results
 from shared.run import SCALARS, History, progress, saved_result, saved_steps, write_json
-from shared.transformer import Sizes, Transformer, next_token_loss
+from shared.transformer import (
+    Logits,
+    Sizes,
+    Transformer,
+    attention_heads,
+    matrices,
+    next_token_loss,
+)
 
 import gradclip_jax
 
 FETCH_EVERY = 5
+SEEN = (*SCALARS, "max_logit")
+OPTIMIZERS = {
+    "adamw": optax.adamw,
+    "muon": functools.partial(optax.contrib.muon, muon_weight_dimension_numbers=matrices),
+}
 # How a run is spread over devices, where it lies and how often it is saved do not change its
 # numbers beyond rounding, so that a run may go on with others.
 NOT_COMPARED = {
     "mesh", "style", "axes", "compare", "out", "cache", "data", "checkpoint_every",
     "cpu_devices", "processes", "coordinator", "process_id", "distributed", "launched",
 }  # fmt: skip
+SETTINGS = (
+    "optimizer", "learning_rate", "weight_decay", "qk_clip", "max_norm", "layers", "units", "heads",
+    "context", "batch", "accumulate", "steps", "mesh",
+)  # fmt: skip
 VALID_BATCHES = 8
 # Steps over which the learning rate rises: a Transformer whose first steps are long is thrown far
 # off by them, and there rounding grows into another run.
@@ -87,7 +111,8 @@ def command_line() -> argparse.ArgumentParser:
     add("--mesh", default="", help="devices along each axis, data=4,model=2; default: all on data")
     add("--style", choices=["jit", "shard_map", "pmap"], default="jit")
     add("--axes", choices=["auto", "explicit"], default="auto", help="of the mesh in --style jit")
-    add("--compare", action="store_true", help="one device and every style, and their differences")
+    add("--compare", action="store_true",
+        help="one device and every style; with --qk-clip: without it and with it")  # fmt: skip
     add("--data", type=Path, help="text file, or directory with train, valid and test files")
     add("--layers", type=int, default=2)
     add("--units", type=int, default=128)
@@ -98,6 +123,9 @@ def command_line() -> argparse.ArgumentParser:
     add("--steps", type=int, default=200)
     add("--learning-rate", type=float, default=3e-3, help="the highest, after 20 steps")
     add("--weight-decay", type=float, default=0.1)
+    add("--optimizer", choices=[*OPTIMIZERS], default="adamw")
+    add("--qk-clip", type=float, default=math.inf, metavar="LOGIT",
+        help="largest attention logit; inf only measures")  # fmt: skip
     add("--max-norm", type=float, default=0.5, help="of clip_by_global_norm; inf only measures")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the products")
     add("--seed", type=int, default=0)
@@ -116,10 +144,10 @@ def check_sizes(args: argparse.Namespace) -> None:
         if getattr(args, name) < least:
             option = name.replace("_", "-")
             raise InputError(f"`--{option}` must be at least {least}, got {getattr(args, name)}.")
-    for name in ("learning_rate", "weight_decay", "max_norm"):
+    for name in ("learning_rate", "weight_decay", "max_norm", "qk_clip"):
         value = getattr(args, name)
-        # The clip itself takes an infinite norm; a step of infinite length helps nobody.
-        if not value >= 0 or (math.isinf(value) and name != "max_norm"):
+        # A clip itself takes an infinite limit; a step of infinite length helps nobody.
+        if not value >= 0 or (math.isinf(value) and name not in ("max_norm", "qk_clip")):
             option = name.replace("_", "-")
             raise InputError(f"`--{option}` must be a number of at least 0, got {value}.")
     if args.units % args.heads:
@@ -130,6 +158,13 @@ def check_sizes(args: argparse.Namespace) -> None:
         raise InputError(f"`--axes explicit` belongs to `--style jit`, got {args.style!r}.")
     if args.compare and (args.distributed or (args.processes or 1) > 1):
         raise InputError("`--compare` runs on one device as well: leave out the other processes.")
+    # Muon multiplies matrices, of which the program of one device sees a part.
+    by_hand = args.style == "shard_map" or args.axes == "explicit"
+    if args.optimizer == "muon" and (by_hand or (args.compare and math.isinf(args.qk_clip))):
+        raise InputError(
+            "`--optimizer muon` needs whole matrices: `--style jit` with automatic axes or `pmap`, "
+            "and `--compare` only with `--qk-clip`."
+        )
     sizes = mesh_sizes(args.mesh)
     if args.style == "pmap" and not args.compare and sizes.get("model", 1) != 1:
         raise InputError(
@@ -209,14 +244,19 @@ def run(args: argparse.Namespace) -> None:
                 f"`--data` must hold more than context + 1 = {args.context + 1} characters for "
                 f"{split}, got {len(getattr(corpus, split))}."
             )
+    style = STYLES["explicit" if args.axes == "explicit" else args.style](mesh)
+    if args.compare and math.isfinite(args.qk_clip):
+        check_mesh(args, mesh)
+        compare_clips(args, style, corpus)
+        return
     if not args.compare:
         check_mesh(args, mesh)
-        style = STYLES["explicit" if args.axes == "explicit" else args.style](mesh)
         title = f"{args.style}, {', '.join(f'{k}={v}' for k, v in mesh.shape.items())}"
         result = train(args, style, title, corpus, args.out)
         console.print(
             f"validation {result.valid / math.log(2):.4f} bits per character, "
             f"largest norm {max(result.history['grad_norm']):.4g}, "
+            f"largest logit {max(result.history['max_logit']):.4g}, "
             f"clipped {np.mean(result.history['clipped']):.0%} of the steps, "
             f"replicas {'equal' if result.replicas_equal else 'DIFFERENT'}, "
             f"checksum {result.checksum:08x}"
@@ -249,22 +289,26 @@ class Program:
         rate = optax.warmup_cosine_decay_schedule(
             0.0, args.learning_rate, WARM_UP, max(args.steps, WARM_UP + 1)
         )
+        make = functools.partial(OPTIMIZERS[args.optimizer], weight_decay=args.weight_decay)
         # The clip comes first: what it limits is the gradient, averaged over all that was seen.
+        # That of attention logits comes last: it turns the step.
         self.optimizer = optax.chain(
             gradclip_jax.clip_by_global_norm(args.max_norm, axis_name=style.axis_name),
-            optax.adamw(rate, weight_decay=args.weight_decay),
+            make(rate),
+            gradclip_jax.qk_clip(args.qk_clip, heads=attention_heads, axis_name=style.data_axis),
         )
         abstract = nnx.eval_shape(lambda: self.network(rngs=nnx.Rngs(args.seed)))
         self.graph, params = nnx.split(abstract, nnx.Param)
         opt_state = jax.eval_shape(self.optimizer.init, params)
         specs = style.specs(params)
-        # The moments of AdamW lie where their parameters do; counters and norms everywhere.
+        # Moments lie where their parameters do; counters and norms everywhere. Muon leaves a mask
+        # where it has a matrix for Adam, and the other way round.
         opt_specs = optax.tree.map_params(
-            self.optimizer, lambda _, spec: spec, opt_state, specs,
-            transform_non_params=lambda _: P(),
+            self.optimizer, lambda x, spec: x if is_masked(x) else spec, opt_state, specs,
+            transform_non_params=lambda _: P(), is_leaf=is_masked,
         )  # fmt: skip
         self.abstract, self.specs = (params, opt_state), (specs, opt_specs)
-        numbers, batch = dict.fromkeys(SCALARS, P()), P(None, "data")
+        numbers, batch = dict.fromkeys(SEEN, P()), P(None, "data")
         self.step = style.compiled(
             self._step, (*self.specs, batch), (*self.specs, numbers), donate=(0, 1)
         )
@@ -303,26 +347,34 @@ class Program:
 
         return self.style.batch((*starts.shape, args.context + 1), read)
 
-    def _objective(self, params: Any, tokens: jax.Array) -> jax.Array:
-        return self.style.loss(next_token_loss(nnx.merge(self.graph, params), tokens))
+    def _objective(self, params: Any, tokens: jax.Array) -> tuple[jax.Array, Logits]:
+        loss, logits = next_token_loss(nnx.merge(self.graph, params), tokens)
+        return self.style.loss(loss), logits
 
     def _step(self, params: Any, opt_state: Any, batch: jax.Array) -> Any:
         def add(total: Any, tokens: jax.Array) -> Any:
-            part = jax.value_and_grad(self._objective)(params, tokens)
-            return jax.tree.map(jnp.add, total, part), None
+            differentiated = jax.value_and_grad(self._objective, has_aux=True)
+            (loss, logits), grads = differentiated(params, tokens)
+            return jax.tree.map(jnp.add, total, (loss, grads)), logits
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        total, _ = jax.lax.scan(add, zero, batch)
+        total, logits = jax.lax.scan(add, zero, batch)
+        logits = jax.tree.map(lambda x: jnp.max(x, axis=0), logits)  # of all micro-batches
         # Accumulate, average over micro-batches and devices, then clip, once.
         loss, grads = self.style.averaged(jax.tree.map(lambda x: x / len(batch), total))
-        updates, opt_state = self.optimizer.update(grads, opt_state, params)
+        updates, opt_state = self.optimizer.update(grads, opt_state, params, max_logits=logits)
         seen = {"loss": loss, **gradclip_jax.metrics(opt_state)}
+        seen["max_logit"] = seen["clip_1/clip_measure"]
         params = optax.apply_updates(params, updates)
-        return params, opt_state, {name: seen[name] for name in SCALARS}
+        return params, opt_state, {name: seen[name] for name in SEEN}
 
     def _score(self, params: Any, batch: jax.Array) -> jax.Array:
-        losses = jax.lax.map(lambda tokens: self._objective(params, tokens), batch)
+        losses = jax.lax.map(lambda tokens: self._objective(params, tokens)[0], batch)
         return self.style.averaged(losses.mean())
+
+
+def is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
 
 
 def train(
@@ -336,7 +388,7 @@ def train(
         console.print(f"The run in {out} is finished; reporting it again.")
         return Result(**saved)
     program = Program(args, style, len(corpus.vocabulary))
-    history: History = {name: [] for name in SCALARS}
+    history: History = {name: [] for name in SEEN}
     step = 0
     with ShardedCheckpoints(out) as checkpoints:
         if checkpoints.latest() is not None:  # before anything is written: it may not fit
@@ -398,6 +450,30 @@ def comparison(results: list[Result]) -> Table:
             "equal" if result.replicas_equal else "DIFFERENT",
         )
     return table
+
+
+def compare_clips(args: argparse.Namespace, style: Style, corpus: Corpus) -> None:
+    """Trains without the clip of attention logits and with it; table and plot."""
+    table = Table(title="attention logits", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in ("", "largest", "at the end", "bits per character"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, limit in (("without", math.inf), ("qk_clip", args.qk_clip)):
+        one = argparse.Namespace(**{**vars(args), "qk_clip": limit})
+        result = train(one, style, name, corpus, args.out / name)
+        logits = result.history["max_logit"]
+        bits = f"{result.valid / math.log(2):.3f}"
+        table.add_row(name, f"{max(logits):.4g}", f"{logits[-1]:.4g}", bits)
+        left.plot(logits, lw=0.9, label=name)
+        right.plot(np.array(result.history["loss"]) / math.log(2), lw=0.9, label=name)
+    left.axhline(args.qk_clip, color="grey", ls="--", label="threshold")
+    left.set(yscale="log", xlabel="step", ylabel="largest attention logit")
+    right.set(xlabel="step", ylabel="bits per character")
+    left.legend(fontsize="small")
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    save_results(args.out, [table], settings, ("jax", "flax", "optax"))
+    figure.savefig(args.out / "sharded_transformer.png", dpi=100)
 
 
 def difference(result: Result, one: Result, name: str) -> float:

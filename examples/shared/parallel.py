@@ -37,6 +37,8 @@ class Style:
     axes = AxisType.Auto
     # What the clip is told: None, as shardings and types tell it all.
     axis_name: Any = None
+    # The mesh axis along which the program of one device sees a part of the examples alone.
+    data_axis: str | None = None
 
     def __init__(self, mesh: Mesh):
         self.mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(self.axes,) * 2)
@@ -121,6 +123,7 @@ class ShardMapStyle(Style):
     """`shard_map` with checked types: the program of one device, with its collectives."""
 
     name = "shard_map"
+    data_axis = "data"
 
     @property
     def layout(self) -> Layout:
@@ -143,6 +146,7 @@ class PmapStyle(Style):
     rules = REPLICATED
     # In `pmap` no type says what is replicated, so the step does: gradients are averaged first.
     axis_name = ()
+    data_axis = "data"
 
     @property
     def layout(self) -> Layout:

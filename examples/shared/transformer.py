@@ -7,6 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from optax.contrib import MuonDimensionNumbers
+
+from gradclip_jax import Heads
+
+Logits = dict[str, list[jax.Array]]
+"""The largest attention logit of each head, where the parameters have the weights of its block."""
 
 
 class Sizes(NamedTuple):
@@ -65,15 +71,15 @@ class Block(nnx.Module):
         self.down = weight((hidden, units), ("hidden", "embed"), scale=last)
         self.down_bias = constant(0.0, (units,), ("norm",))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Float32 [batch, time, units] to the same."""
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Float32 [batch, time, units] to the same, and the largest attention logits, [heads]."""
         whole = self.layout.whole
         normed = rms_normed(x, whole(self.attention_scale))
         qkv = product("bte,echd->btchd", normed, whole(self.qkv), self.dtype)
         q, k, v = jnp.moveaxis(qkv, 2, 0)
         scores = product("bqhd,bkhd->bhqk", q / math.sqrt(q.shape[-1]), k, self.dtype)
-        causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf))
+        scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
+        weights = jax.nn.softmax(scores)
         seen = product("bhqk,bkhd->bqhd", weights, v, self.dtype)
         out = whole(self.attention_out)
         x = x + self.layout.summed("bqhd,hde->bqe", seen, out, self.dtype)
@@ -81,7 +87,7 @@ class Block(nnx.Module):
         hidden = product("bte,eh->bth", normed, whole(self.up), self.dtype)
         hidden = jax.nn.gelu(hidden + whole(self.up_bias))
         x = x + self.layout.summed("bth,he->bte", hidden, whole(self.down), self.dtype)
-        return x + whole(self.down_bias)
+        return x + whole(self.down_bias), jnp.max(scores, axis=(0, 2, 3))
 
 
 class Transformer(nnx.Module):
@@ -104,15 +110,35 @@ class Transformer(nnx.Module):
         self.blocks = nnx.List(Block(sizes, dtype, self.layout, rngs) for _ in range(sizes.layers))
         self.scale = constant(1.0, (sizes.units,), ("norm",))
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """[batch, time] to float32 [batch, time, vocabulary]."""
+    def __call__(self, tokens: jax.Array) -> tuple[jax.Array, Logits]:
+        """[batch, time] to float32 [batch, time, vocabulary], and what its blocks say."""
         table = self.layout.whole(self.embedding)
         positions = self.layout.whole(self.positions)
         x = self.layout.looked_up(table, tokens) + positions[: tokens.shape[1]]
+        largest = []
         for block in self.blocks:
-            x = block(x)
+            x, of_heads = block(x)
+            largest.append(of_heads)
         x = rms_normed(x, self.layout.whole(self.scale))
-        return product("bte,ve->btv", x, table, self.dtype)
+        return product("bte,ve->btv", x, table, self.dtype), {"blocks": largest}
+
+
+def attention_heads(path: str, weight: jax.Array) -> tuple[Heads, Heads] | None:
+    """Where a block has its queries and keys, for `qk_clip`."""
+    if not path.endswith("qkv"):
+        return None
+    return Heads("query", axis=2, part={1: 0}), Heads("key", axis=2, part={1: 1})
+
+
+def matrices(params: Any) -> Any:
+    """Inputs and outputs of the matrices of blocks, for Muon; what has None is left to Adam."""
+    axes = {"qkv": (0, (2, 3)), "attention_out": ((0, 1), 2), "up": (0, 1), "down": (0, 1)}
+
+    def of_weight(path: Any, weight: jax.Array) -> MuonDimensionNumbers | None:
+        (name,) = {getattr(key, "key", None) for key in path} & axes.keys() or {None}
+        return MuonDimensionNumbers(*axes[name]) if name else None
+
+    return jax.tree.map_with_path(of_weight, params)
 
 
 def parameter(
@@ -147,9 +173,9 @@ def rms_normed(x: jax.Array, scale: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(mean_square + 1e-6) * scale
 
 
-def next_token_loss(model: Transformer, tokens: jax.Array) -> jax.Array:
-    """Mean nats of each token of [batch, time + 1] given those before it."""
-    logits = model(tokens[:, :-1])
+def next_token_loss(model: Transformer, tokens: jax.Array) -> tuple[jax.Array, Logits]:
+    """Mean nats of each token of [batch, time + 1] given those before it, and attention logits."""
+    logits, largest = model(tokens[:, :-1])
     # A sum over one-hot rows instead of a lookup: it is the same program under every sharding.
     hit = jax.nn.one_hot(tokens[:, 1:], logits.shape[-1], dtype=logits.dtype)
-    return -jnp.mean(jnp.sum(jax.nn.log_softmax(logits) * hit, axis=-1))
+    return -jnp.mean(jnp.sum(jax.nn.log_softmax(logits) * hit, axis=-1)), largest

@@ -97,7 +97,7 @@ def test_every_style_is_one_device_for_twenty_steps(text, tmp_path, capsys):
     assert sum(one["history"]["clipped"]) > 0
     assert one["history"]["loss"][-1] < one["history"]["loss"][0] - 0.1
     for other in others:
-        for name in ("loss", "grad_norm", "clip_factor"):
+        for name in ("loss", "grad_norm", "clip_factor", "max_logit"):
             np.testing.assert_allclose(
                 other["history"][name], one["history"][name], rtol=5e-5, err_msg=other["style"]
             )
@@ -106,6 +106,47 @@ def test_every_style_is_one_device_for_twenty_steps(text, tmp_path, capsys):
     rows = capsys.readouterr().out.splitlines()
     for result in (one, *others):
         assert any(row.startswith(result["style"]) and "equal" in row for row in rows)
+
+
+def test_in_every_style_the_clip_of_logits_is_that_of_all_examples(text, tmp_path):
+    """0.002 is far below the first logits, so that each step rescales heads on both devices."""
+    ways = {"jit": "data=4,model=2", "shard_map": "data=4,model=2", "pmap": "data=8"}
+    found = {}
+    for style, mesh in ways.items():
+        more = ["--style", style, "--mesh", mesh, "--qk-clip", "0.002"]
+        assert sharded_transformer.main(options(text, tmp_path / style, *more)) == 0
+        found[style] = result_of(tmp_path / style)
+    logits = found["jit"]["history"]["max_logit"]
+    assert logits[0] > 0.02
+    assert logits[-1] < 0.003
+    for result in found.values():
+        for name in ("loss", "max_logit"):
+            np.testing.assert_allclose(
+                result["history"][name], found["jit"]["history"][name], rtol=1e-4
+            )
+        assert result["replicas_equal"]
+
+
+def test_under_muon_logits_explode_without_the_clip_and_return_to_the_threshold_with_it(
+    text, tmp_path, capsys
+):
+    way = ["--mesh", "data=4,model=2", "--optimizer", "muon", "--weight-decay", "0"]
+    more = ["--learning-rate", "0.7", "--accumulate", "1", "--qk-clip", "30", "--compare"]
+    assert sharded_transformer.main(options(text, tmp_path, *way, *more, steps=50)) == 0
+    without, held = (
+        np.array(result_of(tmp_path / name)["history"]["max_logit"])
+        for name in ("without", "qk_clip")
+    )
+    first = int(np.argmax(held > 30))
+    np.testing.assert_array_equal(held[: first + 1], without[: first + 1])
+    assert without[-1] > 1000
+    # Logits exceed it by what one step adds, and the clip acts behind that step.
+    assert held.max() < 3 * 30
+    assert held[-1] < 1.2 * 30
+    table = (tmp_path / "results.txt").read_text()
+    assert f"without {max(without):.4g}" in " ".join(table.split())
+    assert (tmp_path / "sharded_transformer.png").stat().st_size > 10_000
+    assert "qk_clip" in capsys.readouterr().out
 
 
 def program(text: Path, tmp_path: Path, style: str, *more: str, **axes: int):
@@ -123,7 +164,7 @@ def test_the_printed_norm_is_that_of_the_gradient_of_the_whole_batch(text, tmp_p
     whole = jax.device_get(batch).reshape(-1, batch.shape[-1])
     alone = jax.tree.map(jnp.asarray, jax.device_get(params))
     plain, _ = program(text, tmp_path, "pmap", data=8, model=1)  # the model without collectives
-    grads = jax.jit(jax.grad(lambda p: next_token_loss(nnx.merge(plain.graph, p), whole)))
+    grads = jax.jit(jax.grad(lambda p: next_token_loss(nnx.merge(plain.graph, p), whole)[0]))
     leaves = jax.tree.leaves(jax.device_get(grads(alone)))
     expected = np.sqrt(sum(np.square(leaf.astype(np.float64)).sum() for leaf in leaves))
     _, _, scalars = made.step(params, opt_state, batch)
@@ -152,7 +193,8 @@ def test_products_are_bfloat16_and_all_that_is_kept_is_float32(text, tmp_path):
     assert kept == {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}  # and counters
     with jax.set_mesh(made.style.mesh):
         jaxpr = str(jax.make_jaxpr(made._step)(*made.abstract, batch))
-        grads = jax.eval_shape(jax.grad(made._objective), made.abstract[0], batch[0])
+        differentiated = jax.grad(made._objective, has_aux=True)
+        grads, _ = jax.eval_shape(differentiated, made.abstract[0], batch[0])
     types = dict(re.findall(r"(\w+):(\w+)\[", jaxpr))
     operands = re.findall(r" dot_general\[.*?\] (\w+) (\w+)", jaxpr, re.S)
     assert len(operands) >= 3 * 7  # seven products, each with two gradients
@@ -310,6 +352,12 @@ def test_a_finished_run_is_reported_again_and_another_refused(finished, text, ca
         (["--steps", "0"], "`--steps` must be at least 1, got 0"),
         (["--max-norm", "-1"], "`--max-norm` must be a number of at least 0, got -1.0"),
         (["--max-norm", "nan"], "`--max-norm` must be a number of at least 0, got nan"),
+        (["--qk-clip", "-1"], "`--qk-clip` must be a number of at least 0, got -1.0"),
+        (
+            ["--optimizer", "muon", "--style", "shard_map"],
+            "`--optimizer muon` needs whole matrices",
+        ),
+        (["--optimizer", "muon", "--compare"], "and `--compare` only with `--qk-clip`"),
         (["--learning-rate", "inf"], "`--learning-rate` must be a number of at least 0, got inf"),
         (["--axes", "explicit", "--style", "pmap"], "`--axes explicit` belongs to `--style jit`"),
         (["--compare", "--processes", "2"], "`--compare` runs on one device as well"),
