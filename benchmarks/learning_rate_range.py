@@ -88,6 +88,12 @@ def transformer(vocabulary: int, key: jax.Array) -> nnx.Module:
     return Transformer(Sizes(vocabulary, LENGTH, LAYERS, UNITS, HEADS), rngs=nnx.Rngs(key))
 
 
+def transformer_loss(model: Transformer, tokens: jax.Array) -> jax.Array:
+    """The mean loss of the next token."""
+    loss, _ = next_token_loss(model, tokens)
+    return loss
+
+
 # Behind a clip SGD takes a step of at most learning rate times limit. AdamW divides by the norms
 # that it remembers, so a clip acts on it through outliers alone: a spike stays in its second
 # moment for about 1 / (1 - b2) steps.
@@ -95,7 +101,7 @@ MODELS = {
     "lstm": Task(lstm, lstm_loss, optax.sgd, tuple(2.0**i for i in range(1, 8))),
     "transformer": Task(
         transformer,
-        next_token_loss,
+        transformer_loss,
         functools.partial(optax.adamw, b2=0.999),
         tuple(2.5e-4 * 2**i for i in range(7)),
     ),
