@@ -3,8 +3,6 @@
 What differs between versions of jax about types is in this file and nowhere else.
 """
 
-import contextlib
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -218,35 +216,6 @@ def sum_over_devices(tree: Any, axes: Iterable[str]) -> Any:
     return jax.lax.psum(tree, names) if names else tree
 
 
-def mesh_of(tree: Any) -> contextlib.AbstractContextManager[Any]:
-    """A context in which the explicit mesh of these arrays is set, if no mesh is.
-
-    Without it jax refuses `vmap` over a dimension that is split.
-    """
-    leaves = jax.tree.leaves(tree)
-    split = [x for x in leaves if not jax.typeof(x).sharding.mesh.empty]
-    if not split or not jax.sharding.get_abstract_mesh().empty:
-        return contextlib.nullcontext()
-    if any(isinstance(x, Tracer) for x in leaves):
-        return jax.sharding.use_abstract_mesh(jax.typeof(split[0]).sharding.mesh)
-    return jax.set_mesh(split[0].sharding.mesh)
-
-
-def shards_of_axis0(x: Any) -> int:
-    """Into how many parts explicit mesh axes split the first dimension."""
-    sharding = jax.typeof(x).sharding
-    return math.prod(sharding.mesh.shape[name] for name in axis_names(sharding.spec[:1]))
-
-
-def replicate_axis0(x: jax.Array) -> jax.Array:
-    """`x`, its first dimension no longer split by explicit mesh axes."""
-    sharding = jax.typeof(x).sharding
-    if shards_of_axis0(x) == 1:
-        return x
-    spec = PartitionSpec(None, *sharding.spec[1:])
-    return jax.sharding.reshard(x, sharding.update(spec=spec))
-
-
 def replicate_matrices(x: jax.Array) -> jax.Array:
     """`x`, its last two dimensions no longer split by explicit mesh axes.
 
@@ -264,18 +233,6 @@ def reshard_like(x: jax.Array, origin: jax.Array) -> jax.Array:
     """What came of the whole matrices of `origin`, split by explicit mesh axes as that is."""
     sharding = jax.typeof(origin).sharding
     return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
-
-
-def out_sharding_of(x: jax.Array, *dimensions: tuple[jax.Array, int]) -> Any:
-    """The `out_sharding` of an array whose dimensions are split as these dimensions of arrays.
-
-    The explicit mesh axes are those of `x`; None if it has none: then the compiler decides.
-    """
-    sharding = jax.typeof(x).sharding
-    if not any(axis_names(sharding.spec)):
-        return None
-    entries = [jax.typeof(other).sharding.spec[dim] for other, dim in dimensions]
-    return sharding.update(spec=PartitionSpec(*entries))
 
 
 def filled_like(number: float, kind: jax.ShapeDtypeStruct) -> jax.Array:
