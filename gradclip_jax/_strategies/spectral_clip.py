@@ -216,9 +216,8 @@ def _clip_matrices(
     """Clipped leaves; largest singular value, limit and factor of each matrix; two flags."""
     fill = nonfinite_fill(on_nonfinite)
     clipped, tops = list(leaves), list(norms)
-    limits = [varying_like(jnp.broadcast_to(limit, norm.shape), norm) for norm in norms]
     alike: dict[Any, list[Any]] = {}
-    of_norms, *_ = factors_of_norms(norms, limits, response, on_nonfinite)
+    of_norms, _, limits, _ = factors_of_norms(norms, [limit] * len(norms), response, on_nonfinite)
     for i, (x, norm, factor) in enumerate(zip(leaves, norms, of_norms, strict=True)):
         if x.ndim < 2 or not x.size:
             (clipped[i],) = rescale([x], [factor])
