@@ -1,6 +1,7 @@
 """A training step can be exported, with the state of any clip or guard among its arguments."""
 
 import importlib
+import pkgutil
 import subprocess
 import sys
 
@@ -14,6 +15,10 @@ import pytest
 import gradclip_jax
 from gradclip_jax import clip_by_norm, clip_to_limit, group_norms
 
+# Optax leaves it to the user to enter its states.
+jax.export.register_namedtuple_serialization(
+    optax.ScaleByRmsState, serialized_name="optax.ScaleByRmsState"
+)
 PARAMS = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([0.5])}
 
 STATES = {
@@ -22,6 +27,7 @@ STATES = {
     "SkipState": gradclip_jax.skip_nonfinite(clip_by_norm(1.0)),
     "ErrorFeedbackState": gradclip_jax.error_feedback(clip_by_norm(1.0)),
     "Clip21State": gradclip_jax.clip21(clip_by_norm(1.0)),
+    "UpdateRmsState": gradclip_jax.clip_update_rms(optax.scale_by_rms()),
     "NoiseState": gradclip_jax.per_example.gaussian_noise(
         1.0, max_norm=1.0, key=jax.random.PRNGKey(0)
     ),
@@ -67,11 +73,11 @@ def test_a_step_is_exported_with_the_state_of(name):
 
 def test_every_state_class_is_among_these():
     """Each NamedTuple of arrays in the package whose name says that it is a state."""
+    modules = pkgutil.walk_packages(gradclip_jax.__path__, "gradclip_jax.")
     found = {
         name
-        for module_name, module in list(sys.modules.items())
-        if module_name.startswith("gradclip_jax.")
-        for name, value in vars(module).items()
+        for module in modules
+        for name, value in vars(importlib.import_module(module.name)).items()
         if name.endswith("State") and isinstance(value, type)
     }
     assert found <= set(STATES)
