@@ -62,6 +62,10 @@ from ._strategies.spectral_clip import (
     soft_spectral_clip as soft_spectral_clip,
     spectral_clip as spectral_clip,
 )
+from ._strategies.stable_spam import (
+    stable_spam_clip as stable_spam_clip,
+    stable_spam_norm as stable_spam_norm,
+)
 from ._strategies.zclip import zclip as zclip
 from ._upgrade import upgrade_state as upgrade_state
 

@@ -206,6 +206,21 @@ def under_cap(adaptive: Any, measure: Any = gradclip_jax.global_norm) -> Callabl
     return build
 
 
+def after_half(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A clip that passes its first gradient, when it has seen half of the parameters as one."""
+
+    def build(limit: Any, **options: Any) -> optax.GradientTransformationExtraArgs:
+        clip = make(**options)
+
+        def init(params: Any) -> Any:
+            half = jax.tree.map(lambda x: 0.5 * x, params)
+            return clip.update(half, clip.init(params), params)[1]
+
+        return optax.GradientTransformationExtraArgs(init, clip.update)
+
+    return build
+
+
 def spectral_by_polynomials(
     max_norm: Any, *, axis_name: Any = None, on_nonfinite: Any = "zero"
 ) -> optax.GradientTransformationExtraArgs:
@@ -420,6 +435,8 @@ EVERY = STRATEGIES + (without_reference() if LIBRARY == "gradclip_jax" else [])
 MORE = (
     [
         Strategy("clippy", functools.partial(gradclip_jax.clippy, absolute=0.01), leaves),
+        Strategy("stable_spam_clip", after_half(gradclip_jax.stable_spam_clip), leaves),
+        Strategy("stable_spam_norm", after_half(gradclip_jax.stable_spam_norm), leaves),
     ]
     if LIBRARY == "gradclip_jax"
     else []
