@@ -37,6 +37,7 @@ from ._norms import (
     unit_norms as unit_norms,
 )
 from ._state import ClipState as ClipState
+from ._strategies.acclip import acclip as acclip
 from ._strategies.adagc import adagc as adagc
 from ._strategies.adaptive_grad_clip import adaptive_grad_clip as adaptive_grad_clip
 from ._strategies.autoclip import autoclip as autoclip

@@ -435,6 +435,7 @@ EVERY = STRATEGIES + (without_reference() if LIBRARY == "gradclip_jax" else [])
 MORE = (
     [
         Strategy("clippy", functools.partial(gradclip_jax.clippy, absolute=0.01), leaves),
+        Strategy("acclip", after_half(gradclip_jax.acclip), leaves),
         Strategy("stable_spam_clip", after_half(gradclip_jax.stable_spam_clip), leaves),
         Strategy("stable_spam_norm", after_half(gradclip_jax.stable_spam_norm), leaves),
     ]

@@ -46,6 +46,7 @@ V5E, V5E_4X4 = ("v5e:2x2", (1, 1)), ("v5e:4x4", (4, 4))
 H100, EIGHT_H100 = ("H100", (1, 1)), ("H100:8", (2, 4))
 # What the registry has no threshold for.
 OTHERS = {
+    "acclip": gradclip_jax.acclip,
     "adagc": gradclip_jax.adagc,
     "clippy": gradclip_jax.clippy,
     "spam_clip": gradclip_jax.spam_clip,
