@@ -5,17 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
 from .._checks import check_between_0_and_1, check_threshold, check_whole_number
 from .._clip import measured_types
 from .._compiled import compiled
-from .._devices import filled_like
 from .._inject import strategy
-from .._leaves import broadcast_prefix, is_gradient, widen
+from .._leaves import is_gradient
 from .._limits import constant
 from .._memory import to_device, to_memory_of
-from .._norms import global_norm
 from .._rescale import OnNonfinite, clamped, nonfinite_fill, ratio, shrink
 from .._state import (
     ClipState,
@@ -27,6 +24,7 @@ from .._state import (
     transformation,
 )
 from .._types import AxisName, Params, Threshold, Updates
+from .elements import arrays_beside, largest, modulus, zeros_beside
 
 
 @strategy("threshold", "decay")
@@ -82,10 +80,8 @@ def spam_clip(
     fill = nonfinite_fill(on_nonfinite)
 
     def init(params: Params) -> ClipState:
-        norm = measured_types(_largest, params, axis_name)
-        gradients = jax.tree.map(lambda x: x if is_gradient(x) else None, params)
-        kinds = jax.eval_shape(lambda tree: jax.tree.map(_modulus, tree), gradients)
-        rms = jax.tree.map(_zeros_of, kinds, gradients)
+        norm = measured_types(largest, params, axis_name)
+        rms = zeros_beside(params, modulus)
         return initial_state(norm, (init_threshold(square), rms), are_norms=False)
 
     def update(
@@ -98,7 +94,7 @@ def spam_clip(
         most = jnp.sqrt(most)
         most = jnp.where((state.step_count < warmup_steps) & (most > 0), jnp.inf, most)
         leaves, tree = jax.tree.flatten(updates)
-        arrays = _beside(old, updates)
+        arrays = arrays_beside(old, updates)
         held = [i for i, rms in enumerate(arrays) if rms is not None and is_gradient(leaves[i])]
         ratios: list[Any] = [None] * len(leaves)
         changed = _changed(
@@ -110,7 +106,7 @@ def spam_clip(
         )
         for i, (leaf, rms, times) in zip(held, changed, strict=True):
             leaves[i], arrays[i], ratios[i] = leaf, rms, times
-        norm = _largest(tree.unflatten(ratios), axis_name=axis_name)
+        norm = largest(tree.unflatten(ratios), axis_name=axis_name)
         finite = jnp.isfinite(norm)
         return tree.unflatten(leaves), next_state(
             state,
@@ -123,10 +119,6 @@ def spam_clip(
         )
 
     return transformation(init, update)
-
-
-def _largest(tree: Any, *, axis_name: AxisName = None) -> jax.Array:
-    return global_norm(tree, order=jnp.inf, axis_name=axis_name)
 
 
 @compiled(static=("on_nonfinite",))
@@ -152,9 +144,9 @@ def _changed(
 
 
 def _learned(x: jax.Array, rms: jax.Array, most: jax.Array, rate: jax.Array) -> jax.Array:
-    modulus = _modulus(x)
-    came_out = jnp.minimum(modulus, _limits(rms, most))
-    return jnp.where(jnp.isfinite(modulus), _root_of_mean(rms, came_out, rate), rms)
+    size = modulus(x)
+    came_out = jnp.minimum(size, _limits(rms, most))
+    return jnp.where(jnp.isfinite(size), _root_of_mean(rms, came_out, rate), rms)
 
 
 def _limits(rms: jax.Array, most: jax.Array) -> jax.Array:
@@ -165,41 +157,18 @@ def _limits(rms: jax.Array, most: jax.Array) -> jax.Array:
 
 def _ratio(x: jax.Array, rms: jax.Array) -> jax.Array:
     """How many times its root mean square an element is, 0 where that is not known yet."""
-    modulus = _modulus(x)
+    size = modulus(x)
     # A ratio of finite numbers may overflow, and is no sign of one that is not finite.
-    times = jnp.minimum(ratio(jnp.where(rms != 0, modulus, 0), rms), jnp.finfo(rms.dtype).max)
-    return jnp.where(jnp.isfinite(modulus), times, modulus)
+    times = jnp.minimum(ratio(jnp.where(rms != 0, size, 0), rms), jnp.finfo(rms.dtype).max)
+    return jnp.where(jnp.isfinite(size), times, size)
 
 
-def _root_of_mean(rms: jax.Array, modulus: jax.Array, rate: jax.Array) -> jax.Array:
-    """The root of (1 - rate) rms^2 + rate modulus^2, whose squares may overflow."""
-    most = jnp.maximum(rms, modulus)
+def _root_of_mean(rms: jax.Array, size: jax.Array, rate: jax.Array) -> jax.Array:
+    """The root of (1 - rate) rms^2 + rate size^2, whose squares may overflow."""
+    most = jnp.maximum(rms, size)
     nonzero = most != 0
     scale = jnp.where(nonzero, most, 1)
-    old, new = rms / scale, modulus / scale
+    old, new = rms / scale, size / scale
     # In this form the mean of equal squares is that square, without a rounding.
     mean = old * old + rate * (new * new - old * old)
     return jnp.where(nonzero, scale * jnp.sqrt(jnp.where(nonzero, mean, 1)), 0)
-
-
-def _modulus(x: Any) -> jax.Array:
-    return jnp.abs(widen(to_device(x)))
-
-
-def _zeros_of(kind: jax.ShapeDtypeStruct, param: Any) -> jax.Array:
-    # Of an array at hand also the sharding is taken over; a type alone may not know it.
-    # The state of a parameter in host memory is on the device.
-    is_concrete = isinstance(param, jax.Array) and not isinstance(param, Tracer)
-    if is_concrete and jax.typeof(param).memory_space != jax.memory.Space.Host:
-        return jnp.zeros_like(param, kind.dtype)
-    return filled_like(0.0, kind)
-
-
-def _beside(arrays: Any, updates: Any) -> list[Any]:
-    """The array beside each leaf, None beside what was no gradient at `init`."""
-    rule = "`updates` must have the structure of the params given to `init`"
-    found = broadcast_prefix(arrays, updates, rule, is_leaf=lambda x: x is None)
-    as_updates = jax.tree.structure(jax.tree.structure(updates).unflatten(found))
-    if as_updates != jax.tree.structure(arrays):
-        raise ValueError(f"{rule}: {jax.tree.structure(arrays)}, got {as_updates}.")
-    return found
