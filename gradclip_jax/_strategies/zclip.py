@@ -39,8 +39,7 @@ def zclip(
       z_max: Largest z-score that passes, finite and non-negative; 2.5 in the paper.
       decay: alpha, between 0 and 1 (exclusive); 0.97 in the paper, a memory of 33 steps.
       warmup_steps: Steps for the first mean and deviation, at least 1, with the cap alone; 25.
-      max_norm: A cap from the first step on, as in `clip_by_global_norm`; 1.0 in the authors'
-        code. None for none. It does not enter the statistics.
+      max_norm: A cap from the first step on; 1.0 in the authors' code. None for none.
       measure: See `clip_to_limit`; `leaf_norms` gives each array a limit and statistics.
       per_layer: See `clip_to_limit`.
       axis_name: See `global_norm`.
@@ -63,7 +62,8 @@ def zclip(
     [4. 0.]
 
     Kumar, Owen, Chowdhury, Güra, *ZClip: Adaptive Spike Mitigation for LLM Pre-Training*, 2025,
-    https://arxiv.org/abs/2504.02507, the reciprocal rule, with the cap of the authors' code. We
+    https://arxiv.org/abs/2504.02507, the reciprocal rule with the authors' cap; their modes `mean`,
+    `percentile` and `skip_update_on_spike` are compositions (docs, *Papers as compositions*). We
     depart in NaN (there the mean is NaN for ever), in the floor of sigma (there 1e-6), in zeros.
     """
     cap = constant(check_threshold("max_norm", max_norm))
