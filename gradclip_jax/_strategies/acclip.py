@@ -12,7 +12,7 @@ from .._compiled import compiled
 from .._inject import strategy
 from .._leaves import is_gradient, widen
 from .._memory import to_device, to_memory_of
-from .._rescale import OnNonfinite, check_on_nonfinite, nonfinite_fill, shrink
+from .._rescale import OnNonfinite, nonfinite_fill, shrink
 from .._safe import finite_or_zero
 from .._state import ClipState, check_trees, initial_state, next_state, transformation
 from .._types import AxisName, Params, Threshold, Updates
@@ -69,7 +69,6 @@ def acclip(
     """
     b1, b2 = check_between_0_and_1("b1", b1), check_between_0_and_1("b2", b2)
     eps = check_number("eps", eps, "be a finite number of at least 0", 0)
-    check_on_nonfinite(on_nonfinite)
     fill = nonfinite_fill(on_nonfinite)
 
     def init(params: Params) -> ClipState:

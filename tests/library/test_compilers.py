@@ -50,6 +50,8 @@ OTHERS = {
     "adagc": gradclip_jax.adagc,
     "clippy": gradclip_jax.clippy,
     "spam_clip": gradclip_jax.spam_clip,
+    "stable_spam_clip": gradclip_jax.stable_spam_clip,
+    "stable_spam_norm": gradclip_jax.stable_spam_norm,
     "qk_clip": strategies.STRATEGIES["qk_clip"],
     "clip_by_dual_norm": functools.partial(gradclip_jax.clip_by_dual_norm, 1.0),
     "soft_spectral_clip": functools.partial(gradclip_jax.soft_spectral_clip, 1.0),
@@ -66,6 +68,14 @@ MATRICES = (
 READS = {"adaptive_grad_clip": 2, "clip_by_global_norm[order=3]": 2, "clippy": 2}
 READS |= {"clip_by_param_norm": 2, "clip_by_param_norm[global_norm]": 2}
 """Of gradients and parameters; and of the largest element before the powers."""
+MANY_KERNELS = (
+    "clip_by_unit_norm",
+    "clip_by_block_rms[axes]",
+    "clip_by_global_norm[per_layer]",
+    "stable_spam_clip",
+)
+"""The norms of units are an array, with a root and a factor for each leaf; `per_layer` keeps the
+norm of each, which XLA copies to the state; limits of elements are asked of each leaf."""
 BRANCHES = ("spectral_clip", "spectral_clip[polynomials]", "soft_spectral_clip")
 """On an H200 their branches cost 2 ms for GPT-2, and the products that they save 150."""
 
@@ -176,10 +186,7 @@ def test_on_gpu_a_clip_adds_few_kernels_and_no_branch(name):
         assert ours.host_synchronizations == 0
     if name not in MATRICES:
         reads = READS.get(name, 1)
-        # The norms of units are an array, with a root and a factor for each leaf; `per_layer` keeps
-        # the norm of each, and XLA copies it to the state by a kernel of its own.
-        kept = ("clip_by_unit_norm", "clip_by_block_rms[axes]", "clip_by_global_norm[per_layer]")
-        few = 3 if reads > 1 or name in kept else 2
+        few = 3 if reads > 1 or name in MANY_KERNELS else 2
         assert ours.kernels <= none.kernels + few * LEAVES
         state = size_of(jax.eval_shape(STRATEGIES[name]().init, PARAMS))  # read and written
         assert ours.bytes <= none.bytes + 1.01 * (reads * GRADIENTS + 2 * state)

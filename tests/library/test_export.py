@@ -35,7 +35,6 @@ STATES = {
     "GrowthState": gradclip_jax.limit_norm_growth(),
     "ZScoreState": gradclip_jax.zclip(),
     "SteadyNormState": gradclip_jax.stable_spam_norm(),
-    "UpdateRmsState": gradclip_jax.clip_update_rms(optax.scale_by_rms()),
     "EmaState": clip_to_limit(gradclip_jax.limits.ema()),
     "MeanState": clip_to_limit(gradclip_jax.limits.ema(), measure=gradclip_jax.leaf_norms),
     "groups": clip_to_limit(1.0, measure=lambda tree, axis_name: group_norms(tree, labels=labels)),
@@ -43,11 +42,6 @@ STATES = {
     "spam_clip": gradclip_jax.spam_clip(),
     "percentile": clip_to_limit(gradclip_jax.limits.percentile(window=4)),
 }
-
-
-jax.export.register_namedtuple_serialization(
-    optax.ScaleByRmsState, serialized_name="optax.ScaleByRmsState"
-)
 
 
 def labels(tree):
