@@ -31,7 +31,7 @@ def clip_cotangent(x: T, clip: optax.GradientTransformation) -> T:
       `x`.
 
     Raises:
-      ValueError: For a `clip` that is no transformation, such as a bare number.
+      ValueError: For a `clip` that is not a transformation, such as a bare number.
 
     >>> import gradclip_jax, jax
     >>> clip = gradclip_jax.clip_by_value(1.0)

@@ -73,7 +73,7 @@ spectral = Ball(_orthogonal, whole=True)
 
 By a decomposition on CPU, and by products of matrices on accelerators, which are made for them:
 Polar Express polynomials, to within 1e-6, but that a singular value below 3.5e-6 of the Frobenius
-norm comes out below 1, and one that is only rounding not at 0. The last two axes of an array are
+norm becomes less than 1, and one that is only rounding not at 0. The last two axes of an array are
 those of a matrix; vectors take the Euclidean ball."""
 
 exact_spectral = Ball(_exactly_orthogonal, whole=True)
@@ -82,7 +82,7 @@ exact_spectral = Ball(_exactly_orthogonal, whole=True)
 newton_schulz = Ball(_nearly_orthogonal, whole=True)
 """As `spectral`, by the five Newton-Schulz steps of Muon: products of matrices alone.
 
-Singular values above 0.2 % of the norm come out between 0.68 and 1.21 instead of 1, as in Muon,
+Singular values above 0.2 % of the norm become 0.68 to 1.21 instead of 1, as in Muon,
 and the dual norm is that of this direction, <direction, x>."""
 
 
@@ -100,7 +100,7 @@ def _of_matrix(x: jax.Array, orthogonal: Callable[..., tuple[jax.Array, jax.Arra
 def _by_decomposition(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     u, sigma, vh = jnp.linalg.svd(x, full_matrices=False)
     sigma = sigma[..., None, :]
-    # Directions in which there is nothing but rounding are no directions.
+    # Directions in which only rounding is left do not count.
     least = sigma[..., :1] * (max(x.shape[-2:]) * jnp.finfo(sigma.dtype).eps)
     return jnp.sum(sigma, axis=-1, keepdims=True), product(u * (sigma > least).astype(u.dtype), vh)
 

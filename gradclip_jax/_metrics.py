@@ -70,7 +70,7 @@ def metrics(
     >>> print(gradclip_jax.metrics(state)["grad_norm"])
     5.0
     """
-    # An `nnx.Optimizer` is no tree of plain arrays; its `opt_state` is.
+    # An `nnx.Optimizer` is not a tree of plain arrays; its `opt_state` is.
     opt_state = getattr(opt_state, "opt_state", opt_state)
     found = _found(opt_state)
     if not found:

@@ -1,4 +1,4 @@
-"""The norm of every array, or of every layer of a stack, beside what a clip measures of them."""
+"""The norm of every array, or of every layer of a stack, next to what a clip measures of them."""
 
 import functools
 from collections.abc import Callable, Sequence

@@ -64,7 +64,7 @@ def norms_of_groups(plan: Plan, *, order: float) -> list[jax.Array]:
 
 
 def with_finite_derivative(measure: Any, differentiable: Any, leaves: Sequence[jax.Array]) -> Any:
-    """`measure(leaves)`, with the derivative of `differentiable` without what is not finite.
+    """`measure(leaves)`, with the derivative of `differentiable` with only the finite elements.
 
     An update that is zeroed for a NaN passes a zero back to its norm, and zero times the NaN in
     the derivative of a square would be NaN. Only a program that differentiates computes more.

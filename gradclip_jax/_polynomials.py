@@ -60,7 +60,7 @@ def hold_singular_values(
        P = \tfrac12 \big(I + \operatorname{sign}(Y' Y'^\top - s_c^2 I)\big) $$
 
     Y' is one step further, and s_c what the limit has become there. h undoes the steps: what is
-    below the limit they raise nearly alike. No difference is taken of numbers that are large beside
+    below the limit they raise nearly alike. No difference is taken of numbers far above
     c, as one of X itself would be. The Gram matrices and the sign are of the smaller side.
 
     `norm` is the Frobenius norm. A matrix without a value above the limit comes back bit for bit,
@@ -110,8 +110,8 @@ def _clamp(
 def polar_factor(x: jax.Array) -> jax.Array:
     """U V^T of each matrix U S V^T.
 
-    Singular values below 3.5e-6 of the Frobenius norm, of which float32 knows little, come out
-    below 1, and zeros stay zero.
+    Singular values below 3.5e-6 of the Frobenius norm, of which float32 knows little, become
+    less than 1, and zeros stay zero.
     """
     return _factor(x, fixed=False)
 

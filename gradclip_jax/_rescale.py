@@ -65,7 +65,7 @@ def normalize(norm: jax.Array, limit: jax.Array) -> jax.Array:
 def smooth(norm: jax.Array, limit: jax.Array) -> jax.Array:
     r"""Shrink without a corner: 1 / (1 + r) with r = norm / limit.
 
-    The norm comes out below the limit and approaches it: limit * r / (1 + r). The rational
+    The clipped norm is below the limit and approaches it: limit * r / (1 + r). The rational
     softening of Zhang, Jin, Fang, Wang, *Improved Analysis of Clipping Algorithms for Non-convex
     Optimization*, 2020, https://arxiv.org/abs/2010.02519, as in its reference implementation.
 
@@ -177,7 +177,7 @@ def factors(norm: jax.Array, limit: jax.Array, response: Response) -> Factor:
 
 
 def rescale(leaves: Sequence[jax.Array], factors: Sequence[Factor]) -> list[jax.Array]:
-    """Multiply each leaf by its factor; one of 0 makes zeros also of what is not finite.
+    """Multiply each leaf by its factor; one of 0 turns NaN and infinity into zeros, too.
 
     The products are taken in at least float32 and come back in the dtype of the leaf. The select
     is between an element and a constant, so all of it fuses into the pass of the optimizer that

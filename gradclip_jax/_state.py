@@ -50,7 +50,7 @@ class ClipState(NamedTuple):
 
 @exportable
 class NonfiniteState(NamedTuple):
-    """How often a guard met what is not finite.
+    """How often a guard met NaN or infinity.
 
     Attributes:
       nonfinite_count: Number of updates with an element that was NaN or infinite, int32.

@@ -121,7 +121,7 @@ def _parts(node: Any, place: tuple[str, ...]) -> Iterator[_Part]:
         yield _Part(place, node)
         return
     for key, child in children:
-        # The position in a chain is no place: it is what a new clip changes.
+        # The position in a chain does not identify a clip: it is what a new clip changes.
         nameless = isinstance(key, jax.tree_util.SequenceKey) or isinstance(node, _Guard)
         name = str(getattr(key, "key", getattr(key, "name", key)))
         kind = "" if isinstance(key, jax.tree_util.DictKey) else f"{type(node).__name__}."

@@ -26,13 +26,13 @@ class Clip21State(NamedTuple):
 
 
 def clip21(clip: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    r"""Follow the gradient by clipped steps: what comes out changes by no more than the limit.
+    r"""Follow the gradient by clipped steps: the update changes by at most the limit.
 
     $$ h_t = h_{t-1} + \text{clip}(g_t - h_{t-1}), \qquad u_t = h_t $$
 
     Use it with large batches, where gradients change little from step to step: once the estimate
-    has caught up, nothing is clipped any more and the gradient comes out exact, so that the limit
-    costs no accuracy at the end. With noisy gradients the estimate is a memory of old ones, and
+    has caught up, nothing is clipped any more and the update is the exact gradient, so that the
+    limit costs no accuracy at the end. With noisy gradients the estimate is a memory of old ones, and
     `error_feedback` is the better choice.
 
     Args:
@@ -41,8 +41,8 @@ def clip21(clip: optax.GradientTransformation) -> optax.GradientTransformationEx
 
     Returns:
       A transformation whose state has an estimate for each gradient, sharded as the parameters
-      are, in at least float32. The norm of what comes out is not bounded by the limit. Where
-      gradient or estimate would not be finite, the estimate stays and comes out again.
+      are, in at least float32. The norm of the update is not bounded by the limit. Where
+      gradient or estimate would not be finite, the estimate stays, and is the update again.
 
     Raises:
       ValueError: For a `clip` that is not a transformation.

@@ -48,7 +48,7 @@ def error_feedback(
        \Big) $$
 
     Use it where a clip acts on most steps: clipped gradients are biased, for the large ones are
-    those cut; with the carry the bias of their sum stays bounded, and the sum of what comes out
+    those cut; with the carry the bias of their sum stays bounded, and the sum of the updates
     is the sum of what came in, minus the carry. Not for a clip that is there for rare
     explosions: the explosion would come back in instalments.
 

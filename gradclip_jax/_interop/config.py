@@ -139,7 +139,7 @@ def _called(entry: Any, known: Mapping[str, Callable[..., Any]], kind: str, wher
 def _chosen(
     entry: Any, known: Mapping[str, Callable[..., Any]], kind: str, where: str
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The function that an entry names, and the arguments beside the name."""
+    """The function that an entry names, and its arguments."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"`{where}` must be a dict with a `method`, got {entry!r}.")
     if "method" not in entry:

@@ -1,4 +1,4 @@
-"""A window: the last so many norms, newest first, and exact percentiles of what it holds."""
+"""A window: the last W norms, newest first, and exact percentiles of what it holds."""
 
 from typing import Any
 

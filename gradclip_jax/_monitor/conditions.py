@@ -10,7 +10,7 @@ from .alerts import MIN_STEPS, Finding, Recent
 from .rows import Row
 
 MAX_NORMS = 1024
-"""The fit of growing norms looks back on at most so many."""
+"""The fit of growing norms uses at most this many."""
 
 
 class Nonfinite:
@@ -85,7 +85,7 @@ class LimitInert:
 
     UPDATES = 1000
     FAR = 10.0
-    """A limit is far too high from so many times the largest norm."""
+    """A limit is far too high from this multiple of the largest norm."""
 
     def __init__(self, window: int):
         self.window = window

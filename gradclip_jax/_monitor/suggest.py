@@ -109,7 +109,7 @@ def suggest_max_norm(
       candidates: Limits whose clip rates are wanted; None for percentiles of the norms.
 
     Returns:
-      A `monitor.Suggestion`; `print` shows it beside usual limits of some families of models, with
+      A `monitor.Suggestion`; `print` compares it with usual limits of some families of models, with
       their sources, and how often each would have fired.
 
     Raises:

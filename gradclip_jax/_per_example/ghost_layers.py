@@ -334,7 +334,7 @@ def _scaled_outputs(
 def _lift(limit: jax.Array) -> jax.Array:
     """Exponent by which sums are scaled up while they are formed, where the limit is tiny.
 
-    Else, where large parts cancel, what is flushed to zero would not be small beside the limit.
+    Else, where large parts cancel, what is flushed to zero could matter at this limit.
     """
     return jnp.where(limit > 0, jnp.clip(-_exponents(limit), 0, 64), 0)
 

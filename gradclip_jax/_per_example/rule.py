@@ -86,12 +86,12 @@ def automatic(norm: jax.Array, limit: jax.Array, *, gamma: float = 0.01) -> jax.
 
     $$ \text{limit} / (\text{norm} + \gamma) $$
 
-    The limit is only the scale of what comes out. An infinite one is the identity.
+    The limit is only the scale of the result. An infinite one is the identity.
 
     Args:
       norm: Norms, non-negative.
       limit: Limits, of the same shape.
-      gamma: Norm at which half of the limit comes out, above 0; in the unit of the norms. To
+      gamma: Norm that is clipped to half of the limit, above 0; in the unit of the norms. To
         change it: `functools.partial(automatic, gamma=0.1)`.
 
     >>> import jax.numpy as jnp

@@ -16,7 +16,7 @@ from .._rescale import OnNonfinite, nonfinite_fill, shrink
 from .._safe import finite_or_zero
 from .._state import ClipState, check_trees, initial_state, next_state, transformation
 from .._types import AxisName, Params, Threshold, Updates
-from .elements import arrays_beside, largest, modulus, zeros_beside
+from .elements import arrays_of, largest, modulus, zeros_of
 
 
 @strategy("b1", "b2", "eps")
@@ -52,7 +52,7 @@ def acclip(
       tau_i, its `clip_limit` 1. It keeps two arrays for each parameter, in at least float32.
 
       As in the paper, m and tau start at zero and are not corrected for it, which is a warm-up: a
-      constant gradient comes out at a hundredth of itself in the first update and at 63 % in the
+      constant gradient becomes a hundredth of itself in the first update and 63 % of it in the
       hundredth.
 
     Raises:
@@ -73,7 +73,7 @@ def acclip(
 
     def init(params: Params) -> ClipState:
         ratio = measured_types(largest, params, axis_name)
-        arrays = zeros_beside(params, lambda x: widen(to_device(x))), zeros_beside(params, modulus)
+        arrays = zeros_of(params, lambda x: widen(to_device(x))), zeros_of(params, modulus)
         return initial_state(ratio, arrays, are_norms=False)
 
     def update(
@@ -82,7 +82,7 @@ def acclip(
         del extra_args
         check_trees(updates, params)
         leaves, tree = jax.tree.flatten(updates)
-        momenta, levels = (arrays_beside(arrays, updates) for arrays in state.limit_state)
+        momenta, levels = (arrays_of(arrays, updates) for arrays in state.limit_state)
         held = [i for i, m in enumerate(momenta) if m is not None and is_gradient(leaves[i])]
         ratios: list[Any] = [None] * len(leaves)
         changed = _changed(
@@ -114,7 +114,7 @@ def _changed(
     *,
     on_nonfinite: OnNonfinite,
 ) -> list[tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
-    """What comes out of each leaf, its momentum and level, and the ratio of them."""
+    """The update of each leaf, its momentum and level, and the ratio of the two."""
     fill = nonfinite_fill(on_nonfinite)
 
     def of_leaf(

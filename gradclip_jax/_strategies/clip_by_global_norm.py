@@ -43,7 +43,7 @@ def clip_by_global_norm(
       on_nonfinite: See `clip_to_limit`.
 
     Returns:
-      A transformation with a `ClipState`. Zero stays zero; at or below the limit updates come out
+      A transformation with a `ClipState`. Zero stays zero; at or below the limit updates stay
       bit for bit (but XLA may flush to zero what is below the smallest normal number).
 
     Raises:

@@ -1,4 +1,4 @@
-"""What clips of elements share: arrays beside the leaves, and the largest of their ratios."""
+"""What clips of elements share: arrays for the leaves, and the largest of their ratios."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,15 +24,15 @@ def largest(tree: Any, *, axis_name: AxisName = None) -> jax.Array:
     return global_norm(tree, order=jnp.inf, axis_name=axis_name)
 
 
-def zeros_beside(params: Params, like: Callable[[Any], jax.Array]) -> Any:
+def zeros_of(params: Params, like: Callable[[Any], jax.Array]) -> Any:
     """Zeros of the type of `like(leaf)` for each gradient, and None for each other leaf."""
     gradients = jax.tree.map(lambda x: x if is_gradient(x) else None, params)
     kinds = jax.eval_shape(lambda tree: jax.tree.map(like, tree), gradients)
-    return jax.tree.map(_zeros_of, kinds, gradients)
+    return jax.tree.map(_zeros_of_leaf, kinds, gradients)
 
 
-def arrays_beside(arrays: Any, updates: Updates) -> list[Any]:
-    """The array beside each leaf, None beside what was no gradient at `init`."""
+def arrays_of(arrays: Any, updates: Updates) -> list[Any]:
+    """The array of each leaf, None for a leaf that was not a gradient at `init`."""
     rule = "`updates` must have the structure of the params given to `init`"
     found = broadcast_prefix(arrays, updates, rule, is_leaf=lambda x: x is None)
     as_updates = jax.tree.structure(jax.tree.structure(updates).unflatten(found))
@@ -41,8 +41,8 @@ def arrays_beside(arrays: Any, updates: Updates) -> list[Any]:
     return found
 
 
-def _zeros_of(kind: jax.ShapeDtypeStruct, param: Any) -> jax.Array:
-    # Of an array at hand also the sharding is taken over; a type alone may not know it.
+def _zeros_of_leaf(kind: jax.ShapeDtypeStruct, param: Any) -> jax.Array:
+    # A concrete array gives its sharding, too, which a type alone may not know.
     # The state of a parameter in host memory is on the device.
     is_concrete = isinstance(param, jax.Array) and not isinstance(param, Tracer)
     if is_concrete and jax.typeof(param).memory_space != jax.memory.Space.Host:

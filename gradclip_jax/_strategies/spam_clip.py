@@ -24,7 +24,7 @@ from .._state import (
     transformation,
 )
 from .._types import AxisName, Params, Threshold, Updates
-from .elements import arrays_beside, largest, modulus, zeros_beside
+from .elements import arrays_of, largest, modulus, zeros_of
 
 
 @strategy("threshold", "decay")
@@ -81,7 +81,7 @@ def spam_clip(
 
     def init(params: Params) -> ClipState:
         norm = measured_types(largest, params, axis_name)
-        rms = zeros_beside(params, modulus)
+        rms = zeros_of(params, modulus)
         return initial_state(norm, (init_threshold(square), rms), are_norms=False)
 
     def update(
@@ -94,7 +94,7 @@ def spam_clip(
         most = jnp.sqrt(most)
         most = jnp.where((state.step_count < warmup_steps) & (most > 0), jnp.inf, most)
         leaves, tree = jax.tree.flatten(updates)
-        arrays = arrays_beside(old, updates)
+        arrays = arrays_of(old, updates)
         held = [i for i, rms in enumerate(arrays) if rms is not None and is_gradient(leaves[i])]
         ratios: list[Any] = [None] * len(leaves)
         changed = _changed(
@@ -130,7 +130,7 @@ def _changed(
     *,
     on_nonfinite: OnNonfinite,
 ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
-    """What comes out of each leaf, its new root mean square, and the ratio of both before."""
+    """The update of each leaf, its new root mean square, and the ratio of both before."""
     fill = nonfinite_fill(on_nonfinite)
     changed = []
     for leaf, rms in zip(leaves, arrays, strict=True):
@@ -145,8 +145,8 @@ def _changed(
 
 def _learned(x: jax.Array, rms: jax.Array, most: jax.Array, rate: jax.Array) -> jax.Array:
     size = modulus(x)
-    came_out = jnp.minimum(size, _limits(rms, most))
-    return jnp.where(jnp.isfinite(size), _root_of_mean(rms, came_out, rate), rms)
+    clipped = jnp.minimum(size, _limits(rms, most))
+    return jnp.where(jnp.isfinite(size), _root_of_mean(rms, clipped, rate), rms)
 
 
 def _limits(rms: jax.Array, most: jax.Array) -> jax.Array:
@@ -158,7 +158,7 @@ def _limits(rms: jax.Array, most: jax.Array) -> jax.Array:
 def _ratio(x: jax.Array, rms: jax.Array) -> jax.Array:
     """How many times its root mean square an element is, 0 where that is not known yet."""
     size = modulus(x)
-    # A ratio of finite numbers may overflow, and is no sign of one that is not finite.
+    # A ratio of finite numbers may overflow, which does not make it NaN or infinite.
     times = jnp.minimum(ratio(jnp.where(rms != 0, size, 0), rms), jnp.finfo(rms.dtype).max)
     return jnp.where(jnp.isfinite(size), times, size)
 

@@ -125,7 +125,7 @@ def soft_spectral_clip(
     Returns:
       A transformation with a `ClipState` of one `clip_measure` for each matrix: a bound of the
       largest singular value. Within 0.3 % of c; nothing is enlarged, and nothing is above c by
-      more than 0.2 %. The page of strategies says where small singular values come out too small.
+      more than 0.2 %. The page of strategies says which small singular values become too small.
 
     Raises:
       ValueError: As `spectral_clip`; for `iterations` that are not a whole number of at least 1.

@@ -44,7 +44,7 @@ def stable_spam_clip(
     $$ T_t = \sum_{s \le t} w_s \max_i |g_{s,i}|, \quad w_s \propto \theta^{t-s}, \qquad
        g_i \leftarrow g_i \, \frac{T_t}{\max_j |g_j|} \text{ if } |g_i| > T_t $$
 
-    For a few elements that spike in low-precision pre-training: the largest of them comes out at
+    For a few elements that spike in low-precision pre-training: the largest of them becomes
     T, and the elements that are clipped keep their order. Stable-SPAM is
     `optax.chain(stable_spam_clip(), stable_spam_norm(), optax.adam(…))`.
 
@@ -56,8 +56,8 @@ def stable_spam_clip(
     Returns:
       A transformation with a `ClipState`: its `clip_measure` is the largest modulus of each array,
       its `clip_limit` the mean T with this one in it. So the first gradient passes, and a spike
-      that is k times the mean comes out at 1 + (k - 1) / n times it in step n, n up to 1,000. An
-      element just above T may come out below one just below. Zeros are ignored.
+      of k times the mean becomes 1 + (k - 1) / n times it in step n, n up to 1,000. An
+      element just above T may end below one just below. Zeros are ignored.
 
     Raises:
       ValueError: For a `decay` outside of 0 to 1.
@@ -121,7 +121,7 @@ def stable_spam_norm(
        M_t = \sum_{s \le t} w_s n_s, \; w_s \propto \gamma_1^{t-s}, \qquad
        V_t = \sum_{s \le t} w'_s n_s^2, \; w'_s \propto \gamma_2^{t-s} $$
 
-    For norms that jump from step to step under Adam or a sign: what comes out has a norm of about
+    For norms that jump from step to step under Adam or a sign: the update has a norm of about
     1, below it where norms are uneven. **It has no unit and enlarges small gradients**, noise too:
     it is a normaliser, and of no use in front of plain SGD.
 
@@ -133,7 +133,7 @@ def stable_spam_norm(
       on_nonfinite: See `clip_to_limit`; an array with a NaN becomes zero and keeps its means.
 
     Returns:
-      A transformation with a `ClipState`, whose `clip_limit` is the norm that comes out: at most
+      A transformation with a `ClipState`, whose `clip_limit` is the norm of the update: at most
       1.41, whatever came before. After a spike that is large beyond all others it is 0.95 first
       (0.3 / √0.1), and 0.05 ten steps later. Zero stays zero, and does not enter.
 
