@@ -32,8 +32,8 @@ def clip21(clip: optax.GradientTransformation) -> optax.GradientTransformationEx
 
     Use it with large batches, where gradients change little from step to step: once the estimate
     has caught up, nothing is clipped any more and the update is the exact gradient, so that the
-    limit costs no accuracy at the end. With noisy gradients the estimate is a memory of old ones, and
-    `error_feedback` is the better choice.
+    limit costs no accuracy at the end. With noisy gradients the estimate is a memory of old ones:
+    take `error_feedback` there.
 
     Args:
       clip: Any clip: its limit is the largest change per step. A gradient of norm n is reached
