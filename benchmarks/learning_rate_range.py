@@ -35,13 +35,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from shared.command_line import InputError
-from shared.data import Corpus, load_corpus, write_atomically
-from shared.model import LanguageModel
-from shared.transformer import Sizes, Transformer, next_token_loss
-
 import gradclip_jax
+from examples.language_model.command_line import InputError
+from examples.language_model.data import Corpus, load_corpus, write_atomically
+from examples.language_model.model import LanguageModel
+from examples.papers.shared.transformer import Sizes, Transformer, next_token_loss
 
 UNITS, LAYERS, HEADS = 64, 2, 4
 BATCH, LENGTH = 8, 32

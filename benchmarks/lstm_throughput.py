@@ -10,7 +10,6 @@ from the same weights and read the same tokens, which are random.
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
@@ -20,11 +19,9 @@ import optax
 from flax import nnx
 from harness import Spread
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from language_model import PRESETS
-from shared.model import LanguageModel, train_step
-
 import gradclip_jax
+from examples.language_model.model import LanguageModel, train_step
+from examples.language_model.train import PRESETS
 
 VOCABULARY = 10_000
 STEPS = 5
@@ -49,7 +46,7 @@ def pieces(recipe: Mapping[str, Any]) -> Pieces:
 
 
 def network(recipe: Mapping[str, Any]) -> LanguageModel:
-    """The model of `examples/language_model.py --preset …`."""
+    """The model of `examples/language_model/train.py --preset …`."""
     return LanguageModel(
         VOCABULARY, "lstm", recipe["layers"], recipe["units"], recipe["dropout"],
         scale=recipe["init_scale"], forget_bias=recipe["forget_bias"], rngs=nnx.Rngs(0),
@@ -144,7 +141,7 @@ def row(preset: str, torch: Any, rounds: int, seconds: float) -> list[Any]:
 
 TEXT = """\
 Tokens a second in whole training steps: forward, backward through time, clip by the global norm,
-SGD, on {vocabulary:,} words. JAX is the step of `examples/language_model.py` behind
+SGD, on {vocabulary:,} words. JAX is the step of `examples/language_model/train.py` behind
 `clip_by_global_norm`; PyTorch is `nn.LSTM` with `clip_grad_norm_`, run eagerly. The two take
 {steps} steps in turn, and cells are medians over at most {rounds} rounds and, in brackets,
 quartiles. They start from the same weights: the last columns are loss and gradient norm in the

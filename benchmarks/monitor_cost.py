@@ -3,7 +3,7 @@
     python benchmarks/monitor_cost.py
     python benchmarks/monitor_cost.py --units 650 --every 1
 
-The model, its sizes and its clip are those of `examples/language_model.py`. Steps with a monitor
+The model, its sizes and its clip are those of `examples/language_model`. Steps with a monitor
 and without take turns; what differs by less than the machine does from round to round is told by
 the second table, of the time that the calls take on the host.
 """
@@ -13,7 +13,6 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -24,10 +23,8 @@ import optax
 from flax import nnx
 from harness import Spread, ratios
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from shared.model import LanguageModel
-
 import gradclip_jax
+from examples.language_model.model import LanguageModel
 
 VOCABULARY, MAX_NORM = 100, 5.0
 CALLS = 200

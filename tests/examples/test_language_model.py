@@ -17,14 +17,20 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import language_model
 import numpy as np
 import pytest
 from flax import nnx
-from shared import data, dialogues, model as lm_model, recurrent, run as lm_run
 from tensorboardX.proto import event_pb2
 
 import gradclip_jax
+from examples.language_model import (
+    data,
+    dialogues,
+    model as lm_model,
+    recurrent,
+    run as lm_run,
+    train as language_model,
+)
 
 WORDS = ["the", "norm", "of", "a", "gradient", "is", "held", "to", "its", "limit", "at", "each"]
 
@@ -66,7 +72,7 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         language_model.main(arguments)
     line = capsys.readouterr().err
     assert end.value.code == 2
-    assert line.startswith("language_model.py: error: ")
+    assert line.startswith("train.py: error: ")
     assert line.count("\n") == 1
     return line
 

@@ -16,9 +16,9 @@ import pytest
 from conftest import make_mesh
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from shared.model import LanguageModel
 
 import gradclip_jax
+from examples.language_model.model import LanguageModel
 from gradclip_jax import Monitor, metrics, suggest_max_norm
 from gradclip_jax._monitor.conditions import theil_sen
 from gradclip_jax._monitor.fetch import Fetch

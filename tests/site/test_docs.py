@@ -175,8 +175,9 @@ def test_notebooks_benchmarks_and_examples_are_on_the_site(site, built):
     examples = (DOCS / "examples.md").read_text()
     for result in (ROOT / "examples" / "results").iterdir():
         assert f"../examples/results/{result.name}" in examples
-    for example in (ROOT / "examples").glob("*.py"):
-        assert f"examples/{example.name}" in examples
+    for pattern in ("*.py", "papers/*.py", "language_model/train.py"):
+        for example in (ROOT / "examples").glob(pattern):
+            assert example.relative_to(ROOT).as_posix() in examples
     benchmarks = (DOCS / "benchmarks.md").read_text()
     for benchmark in (ROOT / "benchmarks").glob("*.py"):
         assert benchmark.stem == "harness" or f"benchmarks/{benchmark.name}" in benchmarks

@@ -5,11 +5,11 @@ import tomllib
 from pathlib import Path
 
 import adaptive_limits
-import language_model
 import pytest
 from registry import public_strategies
 
 import gradclip_jax
+from examples.language_model import train as language_model
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -65,7 +65,7 @@ def test_readme_runs_the_example(tmp_path, monkeypatch, standard_promotion):
     (tmp_path / "corpus.txt").write_text("the norm of a gradient is held to its limit\n" * 100)
     small = ["--steps", "3", "--batch", "4", "--unroll", "5", "--units", "8", "--out", "run"]
     commands = re.findall(
-        r"^python examples/language_model.py (.*)$", "\n".join(blocks("sh")), re.M
+        r"^python examples/language_model/train\.py (.*)$", "\n".join(blocks("sh")), re.M
     )
     assert len(commands) == 2
     for command in commands:

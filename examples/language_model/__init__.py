@@ -1,0 +1,1 @@
+"""The main example and the demo: a recurrent language model, and the loop that trains it."""

@@ -1,1 +1,0 @@
-"""What the language-model examples share: the text (`data`) and the network (`model`)."""
