@@ -205,13 +205,13 @@ def test_the_benchmark_runs_and_finds_this_library_right(tmp_path):
         assert checks[name][0] == "yes"
         assert checks[name][2] in ("yes", "no such leaf")
         assert "all-reduce" in checks[name][4] or name == "pmap, gradients averaged"
-    # The README has both libraries in one cell each.
+    # The page on many devices has both libraries in one cell each.
     shown = {"no such leaf": "–", "": "–"}
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "many_devices.md").read_text()
     for name in styles():
         cells = [shown.get(x, "error" if x.startswith("error") else x) for x in checks[name]]
         pairs = [f"{ours} / {optax}" for ours, optax in zip(cells[::2], cells[1::2], strict=True)]
-        assert f"\n| {name} | {' | '.join(pairs)} |\n" in readme
+        assert f"\n| {name} | {' | '.join(pairs)} |\n" in page
     for leaves, style, library, found, operands, size, *_, reshards in costs[1:]:
         if library == "gradclip_jax":
             assert reshards == "no", (leaves, style)

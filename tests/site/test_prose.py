@@ -59,13 +59,15 @@ def test_pages_have_code_and_links():
         assert "](" in of_page[name], name
 
 
-def test_readme_runs_the_example(tmp_path, monkeypatch, standard_promotion):
-    """The commands that it shows, cut short."""
+def test_the_commands_of_the_language_model_run(tmp_path, monkeypatch, standard_promotion):
+    """Those of the page of examples, cut short."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus.txt").write_text("the norm of a gradient is held to its limit\n" * 100)
     small = ["--steps", "3", "--batch", "4", "--unroll", "5", "--units", "8", "--out", "run"]
     commands = re.findall(
-        r"^python examples/language_model/train\.py (.*)$", "\n".join(blocks("sh")), re.M
+        r"^python examples/language_model/train\.py (.*)$",
+        "\n".join(blocks("sh", ROOT / "docs" / "examples.md")),
+        re.M,
     )
     assert len(commands) == 2
     for command in commands:
@@ -93,13 +95,16 @@ def test_commands_are_those_of_the_makefile():
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
-def test_readme_table_names_public_strategies():
-    """All of them, but new ones need only a row of the reference."""
-    text = (ROOT / "README.md").read_text()
-    section = text[text.index("## Strategies") : text.index("### Which clip widens")]
-    rows = set(re.findall(r"^\| `(\w+)\(", section, flags=re.MULTILINE))
+def test_the_table_of_all_strategies_names_public_ones():
+    """New ones need only a row of the reference."""
+    text = (ROOT / "docs" / "which_clip.md").read_text()
+    rows = set(re.findall(r"^\| `(\w+)\(", text[text.index("## All strategies") :], re.MULTILINE))
     assert rows <= set(public_strategies())
     assert len(rows) > 20
+
+
+def test_readme_fits_on_three_screens():
+    assert len(PAGES[0].read_text().splitlines()) <= 120
 
 
 # The page on adaptive limits
