@@ -52,7 +52,7 @@ def test_pages_have_code_and_links():
     """What the two tests above look for is found, but on pages that have none."""
     of_page = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
     guides = {name for name in of_page if name.startswith("docs/") and name.count("/") == 1}
-    silent = {"add_a_strategy", "benchmarks", "examples", "notebooks", "playground"}
+    silent = {"add_a_strategy", "benchmarks", "examples", "notebooks", "playground", "vs_others"}
     for name in {"README.md"} | guides - {f"docs/{page}.md" for page in silent}:
         assert "```python" in of_page[name], name
     for name in {"README.md"} | guides:
