@@ -81,7 +81,7 @@ REDUCTIONS = {
 EXPERTS = "update of a mixture of experts"
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "skip_nonfinite": lambda: gj.skip_nonfinite(ADAMW),
-    "skip_spikes": lambda: gj.skip_spikes(ADAMW, limit=gj.limits.ema(6.0)),
+    "skip_spikes": lambda: gj.skip_spikes(ADAMW, grad_norm=gj.limits.ema(6.0)),
     "optax.apply_if_finite": lambda: optax.apply_if_finite(ADAMW, 5),
 }
 """They own the optimizer, while all others stand before it."""

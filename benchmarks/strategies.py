@@ -69,7 +69,7 @@ STRATEGIES: dict[str, Callable[[], optax.GradientTransformation]] = {
     "qk_clip": qk_clip,
     "zero_nonfinite": gj.zero_nonfinite,
     "skip_nonfinite": lambda: gj.skip_nonfinite(optax.identity()),
-    "skip_spikes": lambda: gj.skip_spikes(optax.identity(), limit=gj.limits.ema(6.0)),
+    "skip_spikes": lambda: gj.skip_spikes(optax.identity(), grad_norm=gj.limits.ema(6.0)),
     "error_feedback": lambda: gj.error_feedback(gj.clip_by_global_norm(1.0)),
     "clip21": lambda: gj.clip21(gj.clip_by_global_norm(1.0)),
     "clip_by_dual_norm": lambda: gj.clip_by_dual_norm(1.0),

@@ -154,11 +154,12 @@ def _below_counters(name: str, value: int) -> int:
     return value
 
 
-def check_argument_name(name: str, value: Any, rest: str = "") -> str:
+def check_argument_name(name: str, value: Any) -> str:
     """Return the name of an extra argument of `update`; raise for what is not a name."""
     if not (isinstance(value, str) and value.isidentifier()):
-        rule = f"be the name of an extra argument of `update`{rest}"
-        raise ValueError(f"`{name}` must {rule}, got {value!r}.")
+        raise ValueError(
+            f"`{name}` must be the name of an extra argument of `update`, got {value!r}."
+        )
     return value
 
 

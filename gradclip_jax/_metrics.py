@@ -264,7 +264,8 @@ def _from_dict(fields: Mapping[Any, Any]) -> Any:
     for kind in (ClipState, SkipState, NonfiniteState):
         counters = {name for name in kind._fields if not name.endswith("_state")}
         norms = {"grad_norm", "clip_measure", "clip_limit", "clip_factor", "layer_norms"}
-        if counters - norms <= set(fields) <= set(kind._fields):
+        losses = {"loss", "loss_limit"}
+        if counters - norms - losses <= set(fields) <= set(kind._fields):
             empty: dict[str, Any] = dict.fromkeys(kind._fields)
             if isinstance(fields.get("grad_norm"), Mapping):
                 empty["layer_norms"] = ()
@@ -288,6 +289,11 @@ def _of_skip(state: SkipState) -> dict[str, jax.Array]:
         "skip_count": _only_array(state.skip_count),
         "skips_in_a_row": _only_array(state.skips_in_a_row),
         "skip_limit": _only_array(state.skip_limit),
+        **{
+            name: _only_array(value)
+            for name, value in (("loss", state.loss), ("loss_limit", state.loss_limit))
+            if value is not None
+        },
     }
 
 

@@ -121,7 +121,7 @@ ADAPTIVE = {
     "spam_clip": gc.spam_clip(),
 }
 AROUND = {
-    "skip_spikes": gc.skip_spikes(optax.identity(), limit=gc.limits.median(10.0)),
+    "skip_spikes": gc.skip_spikes(optax.identity(), grad_norm=gc.limits.median(10.0)),
     "skip_nonfinite": gc.skip_nonfinite(optax.identity()),
     "zero_nonfinite": gc.zero_nonfinite(),
     "error_feedback": gc.error_feedback(gc.clip_by_global_norm(2.0)),

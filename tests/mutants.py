@@ -612,15 +612,15 @@ GUARDS = [
     Mutant(
         ">= for > in what a spike is",
         "_guards/skip.py",
-        "(watched > spike_limit)",
-        "(watched >= spike_limit)",
+        "norm > highest_norm",
+        "norm >= highest_norm",
         ("skips", "peers"),
     ),
     Mutant(
         "a loss of NaN is not skipped",
         "_guards/skip.py",
-        "finite = jnp.isfinite(norm) & jnp.isfinite(watched)",
-        "finite = jnp.isfinite(norm)",
+        "finite & jnp.isfinite(loss), is_high",
+        "finite, is_high",
         ("skips",),
     ),
     Mutant(

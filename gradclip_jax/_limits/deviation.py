@@ -17,9 +17,10 @@ def deviation(k: Threshold = 6.0, *, window: int = 128, min_count: int = 64) -> 
        \sigma^2 = \frac{1}{n - 1} \sum_i (n_i - \mu)^2 $$
 
     over the norms $n_{t-W}, \dots, n_{t-1}$, and infinity for the first of them. For loss spikes in
-    pre-training, around an optimizer: `skip_spikes(optimizer, limit=limits.deviation())` has the
-    numbers of OLMo-core and MaxText. Norms enter as they are, skipped or not, so a new level
-    becomes the window's within W steps. A spike widens sigma for W steps; `limits.median` resists.
+    pre-training, around an optimizer: `skip_spikes(optimizer, grad_norm=deviation(),
+    loss=deviation())` is OLMo-core's and MaxText's. Norms enter as they are, skipped or not, so a
+    new level becomes the window's within W steps. A spike widens sigma for W steps; `limits.median`
+    resists.
 
     Args:
       k: Number of standard deviations, finite and non-negative; 6 in all three.

@@ -234,7 +234,7 @@ class LossSpike:
             f"largest {largest:.3g}.",
             "Look at the batch of that step. If the loss comes back by itself, the clip did its "
             "work; if not, go back to a checkpoint and leave the batch out, or lower the limit or "
-            "the learning rate. `skip_spikes(optimizer, limit=..., value=...)` skips such steps.",
+            "the learning rate. `skip_spikes(optimizer, loss=...)` skips such steps.",
         )
 
     def _bound(self, loss: float) -> tuple[float, float] | None:

@@ -35,7 +35,7 @@ def clip_or_drop(
 
     **A zero gradient is a step all the same.** Adam moves by its momentum, its moments and the
     weights decay. To skip the step, put the limit around the optimizer instead:
-    `skip_spikes(optax.chain(clip_by_global_norm(max_norm), optimizer), limit=drop_norm)`.
+    `skip_spikes(optax.chain(clip_by_global_norm(max_norm), optimizer), grad_norm=drop_norm)`.
 
     Args:
       max_norm: Largest norm that passes as it is, as in `clip_by_global_norm`. None for none.

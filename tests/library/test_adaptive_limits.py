@@ -126,7 +126,7 @@ def test_a_guard_skips_what_the_equations_call_a_spike_and_a_nan_teaches_it_noth
     norms = stream()
     limits = np.array(list(numpy_ema(norms)))
     expected = np.insert(np.where(norms > limits, 0, norms), 150, 0)
-    optimizer = gradclip_jax.skip_spikes(optax.identity(), limit=gradclip_jax.limits.ema())
+    optimizer = gradclip_jax.skip_spikes(optax.identity(), grad_norm=gradclip_jax.limits.ema())
     state, updates = scanned(optimizer, np.insert(norms, 150, np.nan))
     np.testing.assert_allclose(updates, expected, rtol=1e-6)
     assert int(state.skip_count) == int(np.sum(expected == 0)) > 10

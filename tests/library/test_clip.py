@@ -280,7 +280,7 @@ WITH_A_MEMORY = {
     "spam_clip": gradclip_jax.spam_clip(),
     "zclip": gradclip_jax.zclip(),
     "skip_nonfinite": gradclip_jax.skip_nonfinite(optax.sgd(1.0)),
-    "skip_spikes": gradclip_jax.skip_spikes(optax.sgd(1.0), limit=1.0),
+    "skip_spikes": gradclip_jax.skip_spikes(optax.sgd(1.0), grad_norm=1.0),
     "error_feedback": gradclip_jax.error_feedback(gradclip_jax.clip_by_value(1.0)),
     "clip21": gradclip_jax.clip21(gradclip_jax.clip_by_value(1.0)),
     "gaussian_noise": gradclip_jax.per_example.gaussian_noise(1.0, max_norm=1.0, key=0),

@@ -91,7 +91,7 @@ def test_a_dropped_gradient_is_a_step_and_a_skipped_one_is_not(standard_promotio
     adam = optax.adamw(0.1)
     drops = optax.chain(clip_or_drop(1.0, drop_norm=100.0), adam)
     clip = gradclip_jax.clip_by_global_norm(1.0)
-    skips = skip_spikes(optax.chain(clip, adam), limit=100.0)
+    skips = skip_spikes(optax.chain(clip, adam), grad_norm=100.0)
     assert np.abs(moved(drops, norms)[0][-1]).min() > 0.05
     steps, state = moved(skips, norms)
     np.testing.assert_array_equal(steps[-1], [0, 0])
@@ -105,7 +105,7 @@ def skip_and_clip(times, max_norm=1.0):
     It skips above `times` the mean of what was not skipped, and clips the rest.
     """
     inner = optax.chain(gradclip_jax.clip_by_global_norm(max_norm), optax.sgd(1.0))
-    return skip_spikes(inner, limit=limits.ema(0.0, ratio=times, decay=0.9, warmup_steps=1))
+    return skip_spikes(inner, grad_norm=limits.ema(0.0, ratio=times, decay=0.9, warmup_steps=1))
 
 
 def axlearn(norms, times, decay=0.9):
@@ -141,7 +141,7 @@ def test_a_lasting_rise_ends_the_skips_and_deadlocks_axlearn(standard_promotion)
 
 def test_a_constant_norm_is_never_skipped(standard_promotion):
     """With a standard deviation of 0 AXLearn skips every step from the 501st on."""
-    optimizer = skip_spikes(optax.sgd(1.0), limit=limits.ema(3.0, decay=0.9))
+    optimizer = skip_spikes(optax.sgd(1.0), grad_norm=limits.ema(3.0, decay=0.9))
     _, state = moved(optimizer, [1.0] * 600)
     assert int(metrics(state)["skip_count"]) == 0
 

@@ -573,7 +573,7 @@ PARTLY = {
     "error_feedback": lambda specs: gradclip_jax.error_feedback(gradclip_jax.clip_by_norm(1.0)),
     "clip21": lambda specs: gradclip_jax.clip21(gradclip_jax.clip_by_norm(1.0)),
     "skip_nonfinite": lambda specs: gradclip_jax.skip_nonfinite(optax.adam(0.1)),
-    "skip_spikes": lambda specs: gradclip_jax.skip_spikes(optax.adam(0.1), limit=1e3),
+    "skip_spikes": lambda specs: gradclip_jax.skip_spikes(optax.adam(0.1), grad_norm=1e3),
 }
 
 

@@ -334,7 +334,7 @@ def test_what_a_guard_zeroed_is_counted_with_what_the_clip_did():
 def test_a_guard_tells_what_it_skipped_and_counts_what_never_reached_the_clip():
     broken = {**GRADS, "head": jnp.array([jnp.nan])}
     chain = optax.chain(gradclip_jax.clip_by_global_norm(17.0), optax.sgd(0.1))
-    guard = skip_spikes(skip_nonfinite(chain), limit=100.0)
+    guard = skip_spikes(skip_nonfinite(chain), grad_norm=100.0)
     huge = jax.tree.map(lambda x: x * 2, GRADS)
     seen = numbers(metrics(after(guard, GRADS, broken, huge)))
     assert list(seen) == [
@@ -420,7 +420,9 @@ def test_metrics_of_split_units_are_those_of_all_outside_the_region(mesh):
 
 GUARDED = {
     "skip_nonfinite": lambda: skip_nonfinite(gradclip_jax.clip_by_norm(17.0)),
-    "skip_spikes": lambda: skip_spikes(optax.sgd(1.0), limit=gradclip_jax.limits.median(window=4)),
+    "skip_spikes": lambda: skip_spikes(
+        optax.sgd(1.0), grad_norm=gradclip_jax.limits.median(window=4)
+    ),
     "zero_nonfinite": gradclip_jax.zero_nonfinite,
     "both": lambda: optax.chain(
         gradclip_jax.zero_nonfinite(), skip_nonfinite(gradclip_jax.clip_by_global_norm(17.0))

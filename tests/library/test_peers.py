@@ -26,7 +26,7 @@ def test_a_constant_norm_is_never_skipped_and_a_new_level_ends_the_skipping():
     MaxText feeds its rule with norms that are clipped to 1 already, so that it can hardly fire.
     """
     inner = gradclip_jax.clip_by_global_norm(1.0)
-    optimizer = gradclip_jax.skip_spikes(inner, limit=gradclip_jax.limits.ema(6.0))
+    optimizer = gradclip_jax.skip_spikes(inner, grad_norm=gradclip_jax.limits.ema(6.0))
 
     def step(state, norm):
         updates, state = optimizer.update(norm, state)

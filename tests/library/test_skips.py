@@ -82,7 +82,7 @@ def way(request, monkeypatch):
 
 
 both_ways = pytest.mark.usefixtures("way")
-GUARDS = [skip_nonfinite, lambda inner, **kw: skip_spikes(inner, limit=1e3, **kw)]
+GUARDS = [skip_nonfinite, lambda inner, **kw: skip_spikes(inner, grad_norm=1e3, **kw)]
 each_guard = pytest.mark.parametrize("guard", GUARDS, ids=["nonfinite", "spikes"])
 
 
@@ -120,7 +120,7 @@ def test_without_a_spike_the_optimizer_is_the_one_within(guard):
 def test_one_spike_and_one_nan_in_a_hundred_steps_and_a_restart_between_them(tmp_path):
     scales = 1 / 13 + 0.005 * np.sin(np.arange(100))
     stream = [*(grads(s) for s in scales), grads(1e6 / 13), grads(bad=np.nan), grads(1 / 13)]
-    optimizer = skip_spikes(optax.adam(1e-2), limit=deviations(6.0))
+    optimizer = skip_spikes(optax.adam(1e-2), grad_norm=deviations(6.0))
     flags, end = run(optimizer, stream)
     assert flags == [0] * 100 + [1, 1, 0]
     calm_flags, calm = run(optimizer, [*stream[:100], stream[-1]])
@@ -139,7 +139,7 @@ def test_one_spike_and_one_nan_in_a_hundred_steps_and_a_restart_between_them(tmp
 
 @both_ways
 def test_the_guard_gives_up_and_rescales_to_the_limit():
-    optimizer = skip_spikes(optax.sgd(1.0), limit=6.5, max_consecutive=2)
+    optimizer = skip_spikes(optax.sgd(1.0), grad_norm=6.5, max_consecutive=2)
     state, seen = optimizer.init(PARAMS), []
     for tree in [grads(), grads(), grads(), grads(), grads(0.5), grads()]:
         updates, state = jax.jit(optimizer.update)(tree, state)
@@ -158,7 +158,7 @@ def test_after_giving_up_what_is_not_finite_is_zero_and_the_rest_goes_through():
     np.testing.assert_array_equal(updates["b"], [0.0])
     assert int(state.nonfinite_count) == 2
 
-    optimizer = skip_spikes(optax.sgd(1.0), limit=1.0, max_consecutive=1)
+    optimizer = skip_spikes(optax.sgd(1.0), grad_norm=1.0, max_consecutive=1)
     _, state = run(optimizer, [grads(bad=np.inf)])
     updates, _ = jax.jit(optimizer.update)(grads(bad=np.inf), state)
     np.testing.assert_allclose(updates["w"], [-0.6, -0.8], rtol=1e-6)
@@ -168,13 +168,13 @@ def test_after_giving_up_what_is_not_finite_is_zero_and_the_rest_goes_through():
 def test_a_new_regime_stops_no_run():
     """With statistics that take in no skipped step, AXLearn never steps again."""
     never_learns = Limit(lambda norm: (), lambda norm, state: (jnp.full_like(norm, 20.0), state))
-    flags, _ = run(skip_spikes(optax.sgd(0.1), limit=never_learns), [grads(100.0)] * 40)
+    flags, _ = run(skip_spikes(optax.sgd(0.1), grad_norm=never_learns), [grads(100.0)] * 40)
     assert flags == [1] * 16 + [0] * 24
 
 
 def test_a_constant_norm_is_no_spike():
     """AXLearn skips 1000 of 1000: a norm must be below its mean plus a deviation of 0."""
-    flags, _ = run(skip_spikes(optax.sgd(0.1), limit=13.0), [grads()] * 20)
+    flags, _ = run(skip_spikes(optax.sgd(0.1), grad_norm=13.0), [grads()] * 20)
     assert sum(flags) == 0
 
 
@@ -182,13 +182,15 @@ def test_one_nan_costs_one_step():
     """In MaxText it costs the interval and one, for it enters the window of the statistics."""
     noise = 1 + 0.1 * np.random.default_rng(0).standard_normal(40)
     stream = [grads(x) if i != 15 else grads(bad=np.nan) for i, x in enumerate(noise)]
-    flags, _ = run(skip_spikes(optax.sgd(0.1), limit=deviations(6.0)), stream)
+    flags, _ = run(skip_spikes(optax.sgd(0.1), grad_norm=deviations(6.0)), stream)
     assert flags == [int(i == 15) for i in range(40)]
 
 
 def test_a_nan_while_the_limit_still_warms_up_is_skipped():
     """MaxText applies it."""
-    flags, _ = run(skip_spikes(optax.sgd(0.1), limit=deviations(6.0)), [grads(bad=np.nan), grads()])
+    flags, _ = run(
+        skip_spikes(optax.sgd(0.1), grad_norm=deviations(6.0)), [grads(bad=np.nan), grads()]
+    )
     assert flags == [1, 0]
 
 
@@ -196,7 +198,7 @@ def test_a_nan_while_the_limit_still_warms_up_is_skipped():
 def test_a_zero_times_nan_reaches_neither_update_nor_moments():
     """OLMo and levanter skip by a product with 0; `run` asserts that updates are finite."""
     _, state = run(
-        skip_spikes(optax.adam(1e-2), limit=100.0), [grads(), grads(bad=np.nan), grads()]
+        skip_spikes(optax.adam(1e-2), grad_norm=100.0), [grads(), grads(bad=np.nan), grads()]
     )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.inner_state))
 
@@ -211,26 +213,27 @@ def test_a_loss_may_be_watched_and_goes_on_to_the_optimizer():
         return updates, state
 
     inner = optax.GradientTransformationExtraArgs(lambda params: (), remember)
-    optimizer = skip_spikes(inner, limit=2.0, value="loss", max_consecutive=1)
+    optimizer = skip_spikes(inner, loss=2.0, max_consecutive=1)
     state = optimizer.init(PARAMS)
     for loss, passes in [(1.0, 1), (3.0, 0), (3.0, 1), (jnp.nan, 1), (-1.0, 1), (jnp.nan, 0)]:
         updates, state = jax.jit(optimizer.update)(grads(), state, PARAMS, loss=jnp.float32(loss))
         np.testing.assert_array_equal(updates["b"], [12.0 * passes])
     assert seen
     assert float(metrics(state)["grad_norm"]) == 13.0
-    with pytest.raises(ValueError, match="`skip_spikes` watches `loss`: call"):
-        jax.jit(optimizer.update)(grads(), state, PARAMS)
+    for missing in ({}, {"loss": None}, {"value": 1.0}):
+        with pytest.raises(ValueError, match="`skip_spikes` watches `loss`: call `update"):
+            optimizer.update(grads(), state, PARAMS, **missing)
     with pytest.raises(ValueError, match="`loss` must be a real scalar, got float32"):
         jax.jit(optimizer.update)(grads(), state, PARAMS, loss=jnp.ones(2))
 
 
 def test_a_loss_that_is_not_finite_is_never_learned_from():
-    optimizer = skip_spikes(optax.sgd(0.1), limit=deviations(6.0), value="loss")
+    optimizer = skip_spikes(optax.sgd(0.1), loss=deviations(6.0))
     _, before = run(optimizer, [grads()] * 3, loss=jnp.float32(2.0))
     for bad in (jnp.nan, jnp.inf):
         flags, after = run(optimizer, [grads()], before, loss=jnp.float32(bad))
         assert flags == [1]
-        chex.assert_trees_all_equal(after.limit_state, before.limit_state)
+        chex.assert_trees_all_equal(after.loss_limit_state, before.loss_limit_state)
 
 
 def test_functions_among_the_extra_arguments_go_on_too():
@@ -247,7 +250,7 @@ def test_functions_among_the_extra_arguments_go_on_too():
 def test_a_given_norm_is_not_measured_again_and_goes_on_as_what_is_passed_on():
     known = gradclip_jax.given_norm("grad_norm")
     clip = gradclip_jax.clip_to_limit(1.0, measure=known)
-    optimizer = skip_spikes(clip, limit=6.5, max_consecutive=1, measure=known)
+    optimizer = skip_spikes(clip, grad_norm=6.5, max_consecutive=1, measure=known)
     state = optimizer.init(PARAMS)
     _, state = jax.jit(optimizer.update)(grads(), state, grad_norm=13.0)
     updates, state = jax.jit(optimizer.update)(grads(), state, grad_norm=13.0)
@@ -255,7 +258,7 @@ def test_a_given_norm_is_not_measured_again_and_goes_on_as_what_is_passed_on():
     assert float(state.inner_state.grad_norm) == 6.5
 
 
-@pytest.mark.parametrize("make", [skip_nonfinite, functools.partial(skip_spikes, limit=100.0)])
+@pytest.mark.parametrize("make", [skip_nonfinite, functools.partial(skip_spikes, grad_norm=100.0)])
 def test_a_guard_looks_at_no_argument_that_it_was_not_built_to_look_at(make):
     """Loops pass `grad_norm` for other purposes; the inner optimizer gets it as it is."""
     seen = []
@@ -280,7 +283,7 @@ def test_a_guard_measures_one_scalar():
 
 def test_a_guard_with_a_norm_of_another_order():
     largest = functools.partial(gradclip_jax.global_norm, order=jnp.inf)
-    optimizer = skip_spikes(optax.sgd(1.0), limit=6.0, measure=largest)
+    optimizer = skip_spikes(optax.sgd(1.0), grad_norm=6.0, measure=largest)
     _, state = optimizer.update(grads(), optimizer.init(PARAMS))
     assert float(state.grad_norm) == 12.0
 
@@ -288,7 +291,7 @@ def test_a_guard_with_a_norm_of_another_order():
 @both_ways
 def test_updates_come_in_the_dtype_of_the_optimizer_and_state_keeps_its_type():
     params = {"w": jnp.ones(2, jnp.bfloat16), "n": jnp.arange(2), "none": None}
-    optimizer = skip_spikes(gradclip_jax.clip_by_global_norm(1.0), limit=10.0)
+    optimizer = skip_spikes(gradclip_jax.clip_by_global_norm(1.0), grad_norm=10.0)
     state = optimizer.init(params)
     for x in (30.0, np.nan, 1.0):
         updates, new = jax.jit(optimizer.update)({**params, "w": params["w"] * x}, state)
@@ -328,7 +331,7 @@ def test_around_multi_steps_a_bad_micro_step_has_never_been():
 
 @both_ways
 def test_within_multi_steps_the_mean_is_judged():
-    optimizer = optax.MultiSteps(skip_spikes(optax.sgd(1.0), limit=20.0), 2)
+    optimizer = optax.MultiSteps(skip_spikes(optax.sgd(1.0), grad_norm=20.0), 2)
     state = optimizer.init(PARAMS)
     for scale, moved in [(1.0, 0), (1.5, 1), (1.0, 0), (9.0, 0)]:
         updates, state = jax.jit(optimizer.update)(grads(scale), state, PARAMS)
@@ -337,11 +340,11 @@ def test_within_multi_steps_the_mean_is_judged():
 
 
 def test_hyperparameters_may_be_injected_within_and_around():
-    inside = skip_spikes(optax.inject_hyperparams(optax.sgd)(learning_rate=1e-2), limit=100.0)
+    inside = skip_spikes(optax.inject_hyperparams(optax.sgd)(learning_rate=1e-2), grad_norm=100.0)
     flags, _ = run(inside, [grads(), grads(100.0), grads()])
     assert flags == [0, 1, 0]
     make = optax.inject_hyperparams(skip_spikes)
-    around = make(optimizer=optax.sgd(1.0), limit=optax.linear_schedule(20.0, 10.0, 2))
+    around = make(optimizer=optax.sgd(1.0), grad_norm=optax.linear_schedule(20.0, 10.0, 2))
     flags, state = run(around, [grads(), grads(), grads()])
     assert flags == [0, 0, 1]
     assert float(metrics(state)["skip_limit"]) == 10.0
@@ -353,7 +356,7 @@ def test_hyperparameters_may_be_injected_within_and_around():
 def test_in_an_nnx_optimizer():
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     chain = optax.chain(gradclip_jax.clip_by_global_norm(1.0), optax.sgd(1e-3))
-    optimizer = nnx.Optimizer(model, skip_spikes(chain, limit=1e3), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, skip_spikes(chain, grad_norm=1e3), wrt=nnx.Param)
 
     @nnx.jit
     def step(model, optimizer, x):
@@ -370,11 +373,11 @@ def test_in_an_nnx_optimizer():
 
 @both_ways
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("value", [None, "loss"])
-def test_all_devices_skip_what_one_of_them_met(check_vma, value, mesh):
+@pytest.mark.parametrize("watched", ["grad_norm", "loss"])
+def test_all_devices_skip_what_one_of_them_met(check_vma, watched, mesh):
     """In `optax.apply_if_finite` seven of eight devices step."""
     axis_name = None if check_vma else "data"
-    optimizer = skip_spikes(optax.sgd(0.1), limit=100.0, axis_name=axis_name, value=value)
+    optimizer = skip_spikes(optax.sgd(0.1), axis_name=axis_name, **{watched: 100.0})
 
     def step(x):
         updates, state = optimizer.update(x, optimizer.init(x), x, loss=jnp.sum(x))
@@ -396,7 +399,7 @@ def test_all_devices_skip_what_one_of_them_met(check_vma, value, mesh):
 @both_ways
 def test_under_pmap_with_a_collective_in_the_optimizer():
     inner = optax.chain(gradclip_jax.clip_by_global_norm(1.0, axis_name="i"), optax.adam(1e-2))
-    optimizer = skip_spikes(inner, limit=100.0, axis_name="i", max_consecutive=1)
+    optimizer = skip_spikes(inner, grad_norm=100.0, axis_name="i", max_consecutive=1)
 
     @functools.partial(jax.pmap, axis_name="i")
     def steps(x, bad):
@@ -418,7 +421,7 @@ def test_under_pmap_with_a_collective_in_the_optimizer():
 def test_sharded_under_jit(mesh):
     sharding = NamedSharding(mesh, P("data"))
     x = jax.device_put(jnp.ones(16), sharding)
-    optimizer = skip_spikes(optax.sgd(0.1), limit=100.0)
+    optimizer = skip_spikes(optax.sgd(0.1), grad_norm=100.0)
     state = jax.jit(optimizer.init)(x)
     for bad, count in [(1.0, 0), (jnp.nan, 1), (1e4, 2), (1.0, 2)]:
         updates, state = jax.jit(optimizer.update)(x.at[3].set(bad), state, x)
@@ -430,7 +433,7 @@ def test_sharded_under_jit(mesh):
 def test_gradients_in_the_memory_of_the_host_stay_there():
     host = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
     params = {"host": jax.device_put(jnp.ones(4), host), "device": jnp.ones(2)}
-    optimizer = skip_spikes(gradclip_jax.clip_by_global_norm(1.0), limit=100.0)
+    optimizer = skip_spikes(gradclip_jax.clip_by_global_norm(1.0), grad_norm=100.0)
     state = optimizer.init(params)
     updates, state = jax.jit(optimizer.update)(params, state)
     assert updates["host"].sharding.memory_kind == "pinned_host"
@@ -452,7 +455,7 @@ def test_what_is_no_gradient_passes_through(guard):
 
 @both_ways
 def test_donated_and_abstract():
-    optimizer = skip_spikes(optax.adam(1e-2), limit=deviations(6.0))
+    optimizer = skip_spikes(optax.adam(1e-2), grad_norm=deviations(6.0))
     state = optimizer.init(PARAMS)
     kinds = jax.eval_shape(optimizer.init, PARAMS)
     chex.assert_trees_all_equal_shapes_and_dtypes(kinds, jax.eval_shape(lambda: state))
@@ -502,7 +505,7 @@ def types_of(update, state, params, updates):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_around_any_optimizer_types_are_its_own_also_where_gradients_are_wider(name):
     """Gradients in float32 of parameters in float16, as a loss scale leaves them, widen Adam's."""
-    inner, optimizer = OPTIMIZERS[name], skip_spikes(OPTIMIZERS[name], limit=1e3)
+    inner, optimizer = OPTIMIZERS[name], skip_spikes(OPTIMIZERS[name], grad_norm=1e3)
     for narrow, dtype in WIDE:
         params = {"w": jnp.ones((4, 4), narrow), "b": jnp.ones(4, narrow)}
         updates = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params)
@@ -573,7 +576,7 @@ def test_a_spike_is_skipped_under_debug_nans():
     normalized = optax.stateless(
         lambda updates, params: jax.tree.map(lambda x: x / optax.tree.norm(updates), updates)
     )
-    optimizer = skip_spikes(optax.chain(normalized, optax.adam(1e-2)), limit=1.0)
+    optimizer = skip_spikes(optax.chain(normalized, optax.adam(1e-2)), grad_norm=1.0)
     state = optimizer.init(PARAMS)
     with jax.debug_nans(True):
         for step in (optimizer.update, jax.jit(optimizer.update)):
@@ -672,7 +675,7 @@ def test_eagerly_a_guard_is_traced_once():
 
 def test_the_updates_are_all_the_memory_that_a_guard_needs():
     params = {str(i): jnp.ones((64, 64)) for i in range(4)}
-    optimizer = skip_spikes(optax.adam(1e-2), limit=100.0)
+    optimizer = skip_spikes(optax.adam(1e-2), grad_norm=100.0)
 
     def step(params, state, tree):
         updates, state = optimizer.update(tree, state, params)
@@ -687,7 +690,7 @@ def test_the_updates_are_all_the_memory_that_a_guard_needs():
 
 def test_float64(x64):
     params = {"w": jnp.ones(2)}
-    optimizer = skip_spikes(optax.sgd(0.1), limit=deviations(6.0))
+    optimizer = skip_spikes(optax.sgd(0.1), grad_norm=deviations(6.0))
     state = optimizer.init(params)
     _, new = optimizer.update(params, state)
     assert new.grad_norm.dtype == jnp.float64
@@ -714,11 +717,14 @@ def test_max_consecutive_must_be_a_whole_number_of_at_least_1(bad):
 
 def test_arguments_that_may_not_be_raise():
     with pytest.raises(ValueError, match="`optimizer` must be an optimizer of optax, got 3"):
-        skip_spikes(3, limit=1.0)
-    with pytest.raises(ValueError, match=r"`limit` must be non-negative, got -1\.0"):
-        skip_spikes(optax.sgd(0.1), limit=-1.0)
-    with pytest.raises(ValueError, match="`value` must be the name of an extra argument"):
-        skip_spikes(optax.sgd(0.1), limit=1.0, value=True)
+        skip_spikes(3, grad_norm=1.0)
+    for name in ("grad_norm", "loss"):
+        with pytest.raises(ValueError, match=rf"^`{name}` must be non-negative, got -1\.0"):
+            skip_spikes(optax.sgd(0.1), **{name: -1.0})
+    with pytest.raises(
+        ValueError, match="must have a limit to watch, `grad_norm` or `loss` or both"
+    ):
+        skip_spikes(optax.sgd(0.1))
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -726,8 +732,7 @@ def test_the_loss_is_the_mean_of_those_of_all_devices(check_vma, mesh):
     """Losses of 1 to 8, of mean 4.5: a sum would be 36."""
     axis_name = None if check_vma else "data"
     optimizers = [
-        skip_spikes(optax.sgd(0.1), limit=limit, value="loss", axis_name=axis_name)
-        for limit in (4.4, 4.6)
+        skip_spikes(optax.sgd(0.1), loss=limit, axis_name=axis_name) for limit in (4.4, 4.6)
     ]
 
     def step(losses):

@@ -180,7 +180,7 @@ def test_a_part_of_a_named_chain_may_be_new():
     "guard",
     [
         skip_nonfinite,
-        functools.partial(gradclip_jax.skip_spikes, limit=gradclip_jax.limits.median(window=4)),
+        functools.partial(gradclip_jax.skip_spikes, grad_norm=gradclip_jax.limits.median(window=4)),
         lambda chain: optax.chain(gradclip_jax.error_feedback(OTHER), chain),
         lambda chain: optax.chain(gradclip_jax.clip21(OTHER), chain),
         lambda chain: optax.chain(gradclip_jax.zero_nonfinite(), chain),
