@@ -25,6 +25,7 @@ STATES = {
     "ClipState": clip_by_norm(1.0),
     "NonfiniteState": gradclip_jax.zero_nonfinite(),
     "SkipState": gradclip_jax.skip_nonfinite(clip_by_norm(1.0)),
+    "loss spikes": gradclip_jax.skip_spikes(clip_by_norm(1.0), loss=gradclip_jax.limits.median()),
     "ErrorFeedbackState": gradclip_jax.error_feedback(clip_by_norm(1.0)),
     "Clip21State": gradclip_jax.clip21(clip_by_norm(1.0)),
     "UpdateRmsState": gradclip_jax.clip_update_rms(optax.scale_by_rms()),
@@ -57,10 +58,10 @@ def exported(function, *args):
 
 @pytest.mark.parametrize("name", STATES)
 def test_a_step_is_exported_with_the_state_of(name):
-    clip = STATES[name]
+    clip = optax.with_extra_args_support(STATES[name])
 
     def step(params, state):
-        updates, state = clip.update(params, state, params)
+        updates, state = clip.update(params, state, params, loss=params["b"][0])
         return optax.apply_updates(params, updates), state
 
     args = PARAMS, clip.init(PARAMS)

@@ -236,6 +236,157 @@ def test_a_loss_that_is_not_finite_is_never_learned_from():
         chex.assert_trees_all_equal(after.loss_limit_state, before.loss_limit_state)
 
 
+class OlmoCore:
+    """`SkipStepOptimizer` of OLMo-core, version 2 of June 2026, in float64: its `step_skipped`."""
+
+    def __init__(self, interval=128, sigma=6):
+        self.interval, self.sigma, self.losses, self.norms = interval, sigma, [], []
+
+    def skips(self, loss, norm):
+        self.losses = [*self.losses, loss][-(self.interval + 1) :]
+        self.norms = [*self.norms, norm][-(self.interval + 1) :]
+        if len(self.losses) < max(2, self.interval // 2):
+            return False
+        return not all(
+            np.isfinite(seen[-1]) and seen[-1] - np.mean(past) <= self.sigma * np.std(past, ddof=1)
+            for seen in (self.losses, self.norms)
+            for past in [[x for x in seen[:-1] if np.isfinite(x)]]
+        )
+
+
+def steps_of(optimizer, losses, norms):
+    """The states after each of many steps."""
+
+    def step(state, seen):
+        loss, norm = seen
+        _, state = optimizer.update(norm, state, loss=loss)
+        return state, state
+
+    @jax.jit
+    def run(seen):
+        return jax.lax.scan(step, optimizer.init(jnp.float32(0)), seen)[1]
+
+    return run((jnp.asarray(losses, jnp.float32), jnp.asarray(norms, jnp.float32)))
+
+
+def spiky(seed):
+    """A loss that falls from 6 to 2 and norms around 1, with spikes of one, of the other, of both.
+
+    And a NaN in each.
+    """
+    rng = np.random.default_rng(seed)
+    losses = 2 + 4 * np.exp(-np.arange(200) / 30) + 0.1 * rng.standard_normal(200)
+    norms = rng.lognormal(sigma=0.3, size=200)
+    at = rng.choice(np.arange(70, 200), 12, replace=False)
+    losses[at[:6]] += 5
+    norms[at[4:10]] *= 30
+    losses[at[10]] = norms[at[11]] = np.nan
+    return losses, norms
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("sigma", [3, 6])
+def test_it_skips_what_olmo_core_skips_by_loss_and_norm(seed, sigma):
+    losses, norms = spiky(seed)
+    limit = gradclip_jax.limits.deviation(sigma)
+    optimizer = skip_spikes(optax.identity(), grad_norm=limit, loss=limit)
+    seen = steps_of(optimizer, losses, norms)
+    olmo = OlmoCore(sigma=sigma)
+    expected = [olmo.skips(loss, norm) for loss, norm in zip(losses, norms, strict=True)]
+    np.testing.assert_array_equal(seen.skipped, expected)
+    assert 5 <= sum(expected) < 30
+    # Each of the two alone misses spikes of the other.
+    for name in ("grad_norm", "loss"):
+        alone = steps_of(skip_spikes(optax.identity(), **{name: limit}), losses, norms)
+        assert 2 <= int(alone.skip_count[-1]) < sum(expected)
+
+
+def test_both_windows_have_seen_every_step_and_no_nan():
+    losses, norms = spiky(0)
+    limit = gradclip_jax.limits.deviation()
+    optimizer = skip_spikes(optax.identity(), grad_norm=limit, loss=limit)
+    seen = steps_of(optimizer, losses, norms)
+    assert int(seen.skip_count[-1]) == 6
+    for window, values in [(seen.limit_state, norms), (seen.loss_limit_state, losses)]:
+        np.testing.assert_array_equal(window[-1], np.float32(values[np.isfinite(values)])[:-129:-1])
+
+
+def test_of_two_nested_guards_the_inner_one_does_not_see_what_the_outer_one_skips():
+    """A batch with a loss of 9 raises the norm to 3; the norm stays there, the loss does not."""
+    limit = gradclip_jax.limits.deviation(2.0, window=8, min_count=4)
+    losses = [1.0, 2.0, 1.0, 2.0, 9.0, 9.0, 1.0, 2.0]
+    norms = [1.0, 2.0, 1.0, 2.0, 3.0, 3.0, 3.0, 3.0]
+    one = skip_spikes(optax.identity(), grad_norm=limit, loss=limit)
+    skipped = np.asarray(steps_of(one, losses, norms).skipped)
+    np.testing.assert_array_equal(skipped, [0, 0, 0, 0, 1, 0, 0, 0])
+    nested = skip_spikes(skip_spikes(optax.identity(), grad_norm=limit), loss=limit)
+    states = steps_of(nested, losses, norms)
+    np.testing.assert_array_equal(states.skipped, [0, 0, 0, 0, 1, 0, 0, 0])
+    np.testing.assert_array_equal(states.inner_state.skipped, [0, 0, 0, 0, 0, 1, 0, 0])
+
+
+@both_ways
+def test_a_loss_at_a_new_level_stops_no_run_and_gradients_are_rescaled_to_the_limit_on_the_norm():
+    optimizer = skip_spikes(optax.sgd(1.0), grad_norm=6.5, loss=2.0, max_consecutive=2)
+    state, seen = optimizer.init(PARAMS), []
+    for loss, scale in [
+        (3.0, 0.5),
+        (np.nan, 0.5),
+        (3.0, 1.0),
+        (np.nan, 0.1),
+        (1.0, 0.5),
+        (1.0, 1.0),
+    ]:
+        updates, state = jax.jit(optimizer.update)(grads(scale), state, loss=jnp.float32(loss))
+        seen.append((round(float(optax.tree.norm(updates)), 5), int(state.skips_in_a_row)))
+    assert seen == [(0, 1), (0, 2), (6.5, 2), (1.3, 2), (6.5, 0), (0, 1)]
+    assert (int(state.skip_count), int(state.nonfinite_count)) == (3, 2)
+
+
+@both_ways
+def test_metrics_tell_the_loss_and_its_limit():
+    optimizer = skip_spikes(optax.sgd(1.0), grad_norm=100.0, loss=2.0)
+    updates, state = optimizer.update(grads(), optimizer.init(PARAMS), loss=jnp.float32(3.0))
+    np.testing.assert_array_equal(updates["b"], [0.0])
+    seen = {name: float(value) for name, value in metrics(state).items()}
+    assert (seen["skipped"], seen["grad_norm"], seen["skip_limit"]) == (1, 13, 100)
+    assert (seen["loss"], seen["loss_limit"]) == (3, 2)
+    assert not {"loss", "loss_limit"} & set(metrics(skip_nonfinite(optax.sgd(1.0)).init(PARAMS)))
+    of_norm = metrics(skip_spikes(optax.sgd(1.0), loss=2.0).init(PARAMS))
+    assert {"skip_limit", "loss_limit"} <= set(of_norm)
+
+
+def test_the_loss_is_watched_in_an_nnx_optimizer():
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    guard = skip_spikes(optax.adam(1e-3), grad_norm=1e3, loss=gradclip_jax.limits.deviation())
+    optimizer = nnx.Optimizer(model, guard, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        loss, grads = nnx.value_and_grad(lambda model: (model(x) ** 2).mean())(model)
+        optimizer.update(model, grads, loss=loss)
+        return loss
+
+    loss = step(model, optimizer, jnp.ones((4, 2)))
+    for state in (optimizer, nnx.state(optimizer), nnx.to_pure_dict(nnx.state(optimizer))):
+        seen = metrics(state)
+        assert float(seen["loss"]) == float(loss)
+        assert float(seen["loss_limit"]) == np.inf
+
+
+def test_the_state_of_a_guard_that_watches_something_else_is_refused():
+    of_norm = skip_spikes(optax.sgd(0.1), grad_norm=1e3)
+    both = skip_spikes(optax.sgd(0.1), grad_norm=1e3, loss=2.0)
+    with pytest.raises(
+        ValueError, match=r"`state` must come from this guard, .* watches the norm:"
+    ):
+        both.update(grads(), of_norm.init(PARAMS), loss=1.0)
+    with pytest.raises(
+        ValueError, match=r"`state` must come from this guard, .* watches the loss:"
+    ):
+        of_norm.update(grads(), both.init(PARAMS), loss=1.0)
+
+
 def test_functions_among_the_extra_arguments_go_on_too():
     def inner_update(updates, state, params=None, *, value_fn, **extra_args):
         return jax.tree.map(value_fn, updates), state
@@ -348,6 +499,14 @@ def test_hyperparameters_may_be_injected_within_and_around():
     flags, state = run(around, [grads(), grads(), grads()])
     assert flags == [0, 0, 1]
     assert float(metrics(state)["skip_limit"]) == 10.0
+    around = make(optimizer=optax.sgd(1.0), loss=optax.linear_schedule(3.0, 1.0, 2))
+    flags, state = run(around, [grads(), grads(), grads()], loss=jnp.float32(1.5))
+    assert flags == [0, 0, 1]
+    assert float(metrics(state)["loss_limit"]) == 1.0
+    both = make(optimizer=optax.sgd(1.0), grad_norm=20.0, loss=gradclip_jax.limits.ema())
+    state = both.init(PARAMS)
+    state.hyperparams["grad_norm"] = jnp.float32(10.0)
+    assert run(both, [grads()], state, loss=jnp.float32(1.5))[0] == [1]
     defaults = inspect.signature(skip_spikes).parameters["max_consecutive"].default
     assert not isinstance(defaults, int)
 
@@ -688,13 +847,16 @@ def test_the_updates_are_all_the_memory_that_a_guard_needs():
     assert temp <= 1.3 * 4 * 64 * 64 * 4
 
 
-def test_float64(x64):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_float64(x64, dtype):
     params = {"w": jnp.ones(2)}
-    optimizer = skip_spikes(optax.sgd(0.1), grad_norm=deviations(6.0))
+    optimizer = skip_spikes(optax.sgd(0.1), grad_norm=deviations(6.0), loss=deviations(6.0))
     state = optimizer.init(params)
-    _, new = optimizer.update(params, state)
-    assert new.grad_norm.dtype == jnp.float64
-    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+    for _ in range(2):
+        _, new = jax.jit(optimizer.update)(params, state, loss=jnp.asarray(1e-3, dtype))
+        assert new.grad_norm.dtype == new.loss.dtype == new.loss_limit.dtype == jnp.float64
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+        state = new
 
 
 @both_ways
@@ -746,3 +908,20 @@ def test_the_loss_is_the_mean_of_those_of_all_devices(check_vma, mesh):
         jnp.arange(1.0, 9.0)
     )
     assert skipped.tolist() == [1, 0]
+
+
+def test_norm_and_loss_of_all_devices_under_pmap():
+    """On device 3 the loss is -20; the mean of 1, 2, 3, -20, 5, 6, 7, 8 is 1.5."""
+    optimizer = skip_spikes(optax.sgd(0.1), grad_norm=100.0, loss=1.4, axis_name="i")
+
+    @functools.partial(jax.pmap, axis_name="i")
+    def step(x, loss):
+        _, state = optimizer.update(x, optimizer.init(x), x, loss=loss)
+        return state.loss, state.skipped, metrics(state)["loss_limit"]
+
+    losses = jnp.arange(1.0, 9.0).at[3].set(-20.0)
+    loss, skipped, limit = step(jnp.ones((8, 2)), losses)
+    np.testing.assert_allclose(loss, np.full(8, 1.5), rtol=1e-6)
+    assert skipped.all()
+    np.testing.assert_allclose(limit, np.full(8, 1.4), rtol=1e-6)
+    assert not step(jnp.ones((8, 2)), losses - 0.2)[1].any()
