@@ -237,7 +237,7 @@ def test_a_loss_that_is_not_finite_is_never_learned_from():
 
 
 class OlmoCore:
-    """`SkipStepOptimizer` of OLMo-core, version 2 of June 2026, in float64: its `step_skipped`."""
+    """`SkipStepOptimizer` of OLMo-core in float64, the version whose windows leave NaN out."""
 
     def __init__(self, interval=128, sigma=6):
         self.interval, self.sigma, self.losses, self.norms = interval, sigma, [], []
@@ -385,6 +385,50 @@ def test_the_state_of_a_guard_that_watches_something_else_is_refused():
         ValueError, match=r"`state` must come from this guard, .* watches the loss:"
     ):
         of_norm.update(grads(), both.init(PARAMS), loss=1.0)
+
+
+def axlearn(norms, times=20.0, decay=0.99, max_norm=1.0):
+    """`skip_and_clip_by_global_norm` with `drop_norm_by_grad_norm_ema`: lengths of steps, means."""
+    mean, count, lengths, means = 1.0, 0, [], []
+    for norm in norms:
+        if np.isfinite(norm) and norm < times * mean:
+            share = decay * (1 - decay**count) / (1 - decay ** (count + 1))
+            mean, count = share * mean + (1 - share) * norm, count + 1
+            lengths.append(norm * min(1, max_norm / (norm + 1e-8)))
+        else:
+            lengths.append(0.0)
+        means.append(mean)
+    return np.array(lengths), np.array(means)
+
+
+def without_spikes(limit):
+    """A limit that does not learn from what is above it, as in docs/compositions.md."""
+
+    def update(norm, state):
+        value, new = limit.update(norm, state)
+        return value, jax.tree.map(lambda x, old: jnp.where(norm > value, old, x), new, state)
+
+    return Limit(limit.init, update)
+
+
+@pytest.mark.parametrize("times", [3.0, 20.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_around_a_clip_it_has_the_numbers_of_skip_and_clip_of_axlearn(seed, times):
+    _, norms = spiky(seed)
+    mean = gradclip_jax.limits.ema(0.0, ratio=times, decay=0.99, warmup_steps=1)
+    inner = optax.chain(gradclip_jax.clip_by_global_norm(1.0), optax.sgd(1.0, momentum=0.0))
+    optimizer = skip_spikes(inner, grad_norm=without_spikes(mean))
+
+    def step(state, norm):
+        updates, state = optimizer.update(norm, state)
+        return state, (-updates, state.limit_state.average.mean)
+
+    start = optimizer.init(jnp.float32(0))
+    _, (lengths, means) = jax.lax.scan(step, start, jnp.asarray(norms, jnp.float32))
+    expected, expected_means = axlearn(norms, times)
+    np.testing.assert_allclose(lengths, expected, rtol=1e-5)
+    np.testing.assert_allclose(means, expected_means, rtol=1e-5)
+    assert 2 <= (expected == 0).sum() < 20
 
 
 def test_functions_among_the_extra_arguments_go_on_too():
