@@ -15,6 +15,7 @@ from typing import Any
 import optax
 
 from .. import _balls
+from .._guards import clip_update_rms, skip_nonfinite, skip_spikes
 from .._inject import STRATEGIES
 from .._limits import constant, maximum, minimum
 from .._limits.deviation import deviation
@@ -31,6 +32,7 @@ from .._strategies.heads import Heads
 
 def from_config(
     config: Mapping[str, Any] | str | os.PathLike[str],
+    optimizer: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The clip that a config describes: a strategy by its name, with its own argument names.
 
@@ -39,6 +41,7 @@ def from_config(
     | `"method"` | the name of a strategy, or `clip_to_limit` |
     | `"threshold"` | its first argument, whatever its name |
     | `"limit"`, `"a"`, `"b"` | a number, or a limit: `{"method": "percentile", "window": 64}` |
+    | `"grad_norm"`, `"loss"` | the same, of `skip_spikes` |
     | `"measure"`, `"response"` | a name, or with arguments `{"method": "unit_norms", "axes": 1}` |
     | `"ball"` | the name of a ball, or a dict of them |
     | `"heads"` | a dict of patterns: `{"*/query/kernel": {"role": "query", "axis": 1}, …}` |
@@ -48,6 +51,7 @@ def from_config(
 
     Args:
       config: A dict, or the path of a `.json`, `.yaml` or `.yml` file with one (YAML needs PyYAML).
+      optimizer: None, or what `skip_spikes`, `skip_nonfinite` or `clip_update_rms` is around.
 
     Returns:
       What the strategy returns.
@@ -78,6 +82,13 @@ def from_config(
         where, config = f"`config`: {str(config)!r}", _read(config)
     _check_depth(config, where)
     method = config.get("method") if isinstance(config, Mapping) else None
+    if optimizer is not None:
+        if not (isinstance(config, Mapping) and isinstance(method, str) and method in GUARDS):
+            raise ValueError(
+                f"`optimizer` must be None unless a guard ({_listed(GUARDS)}) wraps it, got a "
+                f"config of {method!r}: `optax.chain(from_config(…), optimizer)`."
+            )
+        return _called({**config, "optimizer": optimizer}, GUARDS, "guard", "config")
     if isinstance(method, str) and method in ADVICE:
         raise ValueError(f"`{method}` {ADVICE[method]}")
     return _called(config, STRATEGIES, "strategy", "config")
@@ -99,6 +110,7 @@ LIMITS = _by_name(
     running_quantile,
     zscore,
 )
+GUARDS = _by_name(clip_update_rms, skip_nonfinite, skip_spikes)
 MEASURES = _by_name(global_norm, group_norms, leaf_norms, unit_norms)
 RESPONSES = _by_name(drop, normalize, shrink, smooth, smooth_sqrt, smooth_tanh)
 BALLS = {name: ball for name, ball in vars(_balls).items() if isinstance(ball, _balls.Ball)}
@@ -107,13 +119,13 @@ SCHEDULES = {
     for name in dir(optax)
     if name == "exponential_decay" or (name.endswith("_schedule") and name != "scale_by_schedule")
 }
-OF_OPTIMIZER = "wraps an optimizer and is not a clip: `{}(optax.chain(from_config(…), optimizer))`."
+OF_OPTIMIZER = "wraps an optimizer and is not a clip: `from_config(…, optimizer)`."
 OF_CLIP = "wraps a clip and is not one itself: `{}(from_config(…))`."
 OF_LIMIT = 'is a limit: {{"method": "clip_to_limit", "limit": {{"method": "{}"}}}}.'
 ADVICE = {
     name: advice.format(name)
     for advice, names in {
-        OF_OPTIMIZER: ("clip_update_rms", "skip_nonfinite", "skip_spikes"),
+        OF_OPTIMIZER: GUARDS,
         OF_CLIP: ("clip21", "error_feedback"),
         OF_LIMIT: LIMITS,
     }.items()
@@ -168,7 +180,9 @@ def _value(name: str, value: Any, where: str) -> Any:
             return value
         case "axis_name":
             return tuple(value) if isinstance(value, list) else value
-        case "limit" | "a" | "b" if isinstance(value, Mapping) and "schedule" not in value:
+        case "limit" | "a" | "b" | "grad_norm" | "loss" if (
+            isinstance(value, Mapping) and "schedule" not in value
+        ):
             return _called(value, LIMITS, "limit", where)
         case "measure":
             return _function(value, MEASURES, name, where)

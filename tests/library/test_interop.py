@@ -514,7 +514,7 @@ def test_every_strategy_and_limit_has_its_name_in_a_config():
         ),
         ({"method": "clip_by_norm", "threshold": -1.0}, "`max_norm` must be non-negative, got -1"),
         ({"method": "clip_by_norm", "threshold": "one"}, "`max_norm` must be .* got 'one'"),
-        ({"method": "skip_nonfinite"}, r"wraps an optimizer .* `skip_nonfinite\(optax.chain\("),
+        ({"method": "skip_nonfinite"}, r"`skip_nonfinite` wraps an optimizer .* `from_config\(…"),
         ({"method": "clip21"}, r"wraps a clip and is not one itself: `clip21\(from_config\("),
         ({"method": "percentile"}, 'is a limit: {"method": "clip_to_limit", "limit": {"method": '),
         (["clip_by_norm"], "`config` must be a dict, or the path of a"),
@@ -524,6 +524,27 @@ def test_every_strategy_and_limit_has_its_name_in_a_config():
 def test_a_config_that_may_not_be_names_what_is_near(config, message):
     with pytest.raises(ValueError, match=message):
         from_config(config)
+
+
+def test_a_config_of_a_guard_wraps_the_optimizer():
+    deviation = {"method": "deviation", "k": 3.0, "window": 8, "min_count": 4}
+    config = {"method": "skip_spikes", "grad_norm": deviation, "loss": 2, "max_consecutive": 3}
+    optimizer = from_config(config, optax.sgd(1.0))
+    state = optimizer.init(GRADS)
+    assert state.limit_state.shape == (8,)
+    for loss, skips in [(1.0, 0), (3.0, 1)]:
+        _, state = optimizer.update(GRADS, state, loss=loss)
+        assert int(state.skip_count) == skips
+    plain = from_config({"method": "skip_nonfinite"}, optax.sgd(1.0))
+    assert float(plain.init(GRADS).skip_limit) == 0
+    with pytest.raises(ValueError, match="`config`: unknown argument of `skip_spikes` 'grad_nrom'"):
+        from_config({"method": "skip_spikes", "grad_nrom": 1.0}, optax.sgd(1.0))
+    with pytest.raises(ValueError, match="must have a limit to watch, `grad_norm` or `loss`"):
+        from_config({"method": "skip_spikes"}, optax.sgd(1.0))
+    with pytest.raises(
+        ValueError, match=r"`optimizer` must be None unless a guard .* 'clip_by_norm"
+    ):
+        from_config({"method": "clip_by_norm", "threshold": 1.0}, optax.sgd(1.0))
 
 
 def test_files(tmp_path):
