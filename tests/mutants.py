@@ -624,6 +624,13 @@ GUARDS = [
         ("skips",),
     ),
     Mutant(
+        "a spike of the norm or the loss alone is not skipped",
+        "_guards/skip.py",
+        "is_high | (loss > highest_loss)",
+        "is_high & (loss > highest_loss)",
+        ("skips",),
+    ),
+    Mutant(
         "the sum of the losses of all devices for their mean",
         "_guards/skip.py",
         "return (above - below) / leaf_sizes(value, axis_name=mesh_axes)",

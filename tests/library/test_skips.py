@@ -374,6 +374,18 @@ def test_the_loss_is_watched_in_an_nnx_optimizer():
         assert float(seen["loss_limit"]) == np.inf
 
 
+def test_a_guard_may_begin_to_watch_the_loss_in_a_run_that_is_under_way():
+    of_norm = skip_spikes(optax.adam(0.1), grad_norm=1e3)
+    both = skip_spikes(optax.adam(0.1), grad_norm=1e3, loss=gradclip_jax.limits.deviation())
+    _, saved = run(of_norm, [grads()] * 3)
+    state = gradclip_jax.upgrade_state(saved, both.init(PARAMS))
+    chex.assert_trees_all_equal(state.inner_state, saved.inner_state)
+    _, state = run(both, [grads()] * 2, state, loss=jnp.float32(1.0))
+    assert int(state.step_count) == 2
+    same = gradclip_jax.upgrade_state(state, both.init(PARAMS))
+    chex.assert_trees_all_equal(same, state)
+
+
 def test_the_state_of_a_guard_that_watches_something_else_is_refused():
     of_norm = skip_spikes(optax.sgd(0.1), grad_norm=1e3)
     both = skip_spikes(optax.sgd(0.1), grad_norm=1e3, loss=2.0)
