@@ -137,6 +137,18 @@ def test_on_tpu_a_split_tree_takes_one_all_reduce_and_moves_no_gradient():
 
 
 @tpu
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in MATRICES])
+def test_on_tpu_no_strategy_reshards(name):
+    ours, none = update(STRATEGIES[name](), V5E_4X4), without(V5E_4X4)
+    # Heads of fused weights cross shards: their factors, which are scalars, go to the next device.
+    allowed = {"all-reduce", "collective-permute"} if name == "qk_clip" else {"all-reduce"}
+    assert ours.collectives.keys() - none.collectives.keys() <= allowed
+    assert ours.branch_collectives.keys() <= {"all-reduce"}
+    # A scalar or two for each array, and rows of units: never an array.
+    assert ours.collective_bytes <= GRADIENTS / 100
+
+
+@tpu
 @pytest.mark.parametrize("target", [V5E, V5E_4X4], ids=str)
 def test_on_tpu_parameters_and_moments_are_updated_in_place(target):
     ours, none = update(gradclip_jax.clip_by_global_norm(1.0), target), without(target)
