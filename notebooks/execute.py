@@ -4,14 +4,15 @@
     python notebooks/execute.py exploding_gradients   # those named
 
 A source is a Python file in the percent format of jupytext; its twin is the `.ipynb` with outputs.
-A twin shows no widgets: without a kernel they would stand still, and the cell in front of each has
-drawn the same picture. `interact` keeps errors to itself, so every picture that it moves is drawn
-again where an error counts: with all sliders at their lower and at their upper ends, and with every
-choice of every list.
+A twin needs no kernel: where a server has sliders, it has the picture at their first values. Each
+such picture is also drawn with all sliders at their lower and at their upper ends, and with every
+choice of every list, because `interact` would keep an error there to itself.
 """
 
 import argparse
+import base64
 import contextlib
+import io
 import math
 import os
 import queue
@@ -22,6 +23,7 @@ from typing import Any
 
 import jupytext
 import nbformat
+import PIL.Image
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
@@ -34,25 +36,29 @@ SETTINGS = {
 }
 PYTHON = {"display_name": "Python 3", "language": "python", "name": "python3"}
 METADATA = {"kernelspec": PYTHON, "language_info": {"name": "python"}}
-WIDGET = "application/vnd.jupyter.widget-view+json"
-MOVE_THE_SLIDERS = """
-import gc
+FOLDED = {"tags": ["hide-input"]}  # the site shows the code of a cell when it is asked for
+DRAW_WITHOUT_WIDGETS = """
 import ipywidgets
 import matplotlib.pyplot
 
+def interact(draw, **widgets):
+    pictures.append((draw, widgets))
+    draw(**{name: widget.value for name, widget in widgets.items()})
+
+pictures, ipywidgets.interact = [], interact
+"""
+MOVE_THE_SLIDERS = """
 def values(widget):
-    if hasattr(widget, "options"):  # values, or pairs of a label and a value, or a dict of them
-        options = widget.options
-        options = options.items() if isinstance(options, dict) else options
-        return [option[1] if isinstance(option, tuple) else option for option in options]
+    if hasattr(widget, "options"):  # values, or pairs of a label and a value
+        return [option[1] if isinstance(option, tuple) else option for option in widget.options]
     if hasattr(widget, "base"):  # a logarithmic slider
         return [widget.base**widget.min, widget.base**widget.max]
     return [widget.min, widget.max] if hasattr(widget, "min") else [widget.value]
 
-for picture in [item for item in gc.get_objects() if type(item) is ipywidgets.interactive]:
-    choices = {name: values(widget) for name, widget in zip(picture.kwargs, picture.children)}
+for draw, widgets in pictures:
+    choices = {name: values(widget) for name, widget in widgets.items()}
     for i in range(max(map(len, choices.values()))):
-        picture.f(**{name: choice[i % len(choice)] for name, choice in choices.items()})
+        draw(**{name: choice[i % len(choice)] for name, choice in choices.items()})
         matplotlib.pyplot.close("all")
 """
 
@@ -82,28 +88,45 @@ def read(source: Path) -> nbformat.NotebookNode:
     """The notebook without outputs, and with nothing in it that differs from run to run."""
     notebook = jupytext.read(source, fmt="py:percent")
     for number, cell in enumerate(notebook.cells):
-        cell.id, cell.metadata = f"cell-{number}", {}
+        folded = FOLDED if cell.cell_type == "code" else {}
+        cell.id, cell.metadata = f"cell-{number}", nbformat.from_dict(folded)
     return notebook
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def with_few_colors(png: str) -> str:
+    """The picture, encoded as base64, with a palette: a third of the size."""
+    with PIL.Image.open(io.BytesIO(base64.b64decode(png))) as picture:
+        small = io.BytesIO()
+        picture.quantize(128).save(small, "png", optimize=True)
+    return base64.b64encode(small.getvalue()).decode()
 
 
 def execute(source: Path) -> nbformat.NotebookNode:
     """The notebook with outputs, made by a fresh kernel of the Python that runs this."""
     notebook = read(source)
-    notebook.cells.append(nbformat.v4.new_code_cell(MOVE_THE_SLIDERS))
+    first, last = map(nbformat.v4.new_code_cell, (DRAW_WITHOUT_WIDGETS, MOVE_THE_SLIDERS))
+    notebook.cells = [first, *notebook.cells, last]
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "kernel.json")
         kernel = AsyncKernelManager(connection_file=file, transport="ipc")
         kernel.kernel_spec_manager.kernel_dirs = []  # a `python3` there may be another Python
-        client = Client(notebook, kernel, timeout=300, record_timing=False)
+        client = Client(notebook, kernel, timeout=300, record_timing=False, coalesce_streams=True)
         env = os.environ | SETTINGS | {"IPYTHONDIR": folder}
         client.execute(cleanup_kc=True, cwd=str(FOLDER), env=env)
-    moved = notebook.cells.pop()
-    warned = [output.text for output in moved.outputs if output.get("name") == "stderr"]
+    warned = [output.text for output in last.outputs if output.get("name") == "stderr"]
     if warned:
         raise RuntimeError(f"{source.name}: moving a slider warns.\n{''.join(warned)}")
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [item for item in cell.outputs if WIDGET not in item.get("data", {})]
+    notebook.cells = notebook.cells[1:-1]
+    for number, cell in enumerate(code_cells(notebook), start=1):
+        cell.execution_count = number
+        for output in cell.outputs:
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = with_few_colors(output.data["image/png"])
+                output.metadata = {}
     notebook.metadata = nbformat.from_dict(METADATA)
     return notebook
 

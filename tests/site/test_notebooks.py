@@ -1,14 +1,19 @@
-"""The notebooks run, and their twins show what they print."""
+"""The notebooks run, and their twins show what they print and draw."""
 
+import base64
+import io
 import re
 from pathlib import Path
 
 import execute
 import nbformat
+import PIL.Image
 import pytest
 from nbclient.exceptions import CellExecutionError
 
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = ROOT / "notebooks"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 # What a kernel may write to stderr though nothing is wrong: matplotlib, on a new machine.
 HARMLESS = re.compile(r"Matplotlib is building the font cache; this may take a moment\.\n")
@@ -16,15 +21,11 @@ HARMLESS = re.compile(r"Matplotlib is building the font cache; this may take a m
 all_notebooks = pytest.mark.parametrize("source", execute.SOURCES, ids=lambda path: path.stem)
 
 
-def code_cells(notebook):
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
 def streams(notebook, name: str) -> list[str]:
     """What each cell wrote to stdout or stderr."""
     return [
         "".join(output.text for output in cell.outputs if output.get("name") == name)
-        for cell in code_cells(notebook)
+        for cell in execute.code_cells(notebook)
     ]
 
 
@@ -37,14 +38,36 @@ def test_every_notebook_has_a_twin_and_every_twin_a_source():
     assert twins == {source.stem for source in execute.SOURCES} != set()
 
 
+def data_of(cell) -> dict:
+    """What a cell shows, by type."""
+    return {key: value for out in cell.outputs for key, value in out.get("data", {}).items()}
+
+
 @all_notebooks
 def test_the_twin_stands_without_a_kernel(source):
-    """No widgets, which would be empty, and small enough to be shown on the web."""
+    """Pictures in place of widgets, which would be empty."""
     twin = twin_of(source)
-    outputs = [output for cell in code_cells(twin) for output in cell.outputs]
-    assert all(execute.WIDGET not in output.get("data", {}) for output in outputs)
+    shown = {cell.source: data_of(cell) for cell in execute.code_cells(twin)}
+    assert all(WIDGET not in data for data in shown.values())
     assert "widgets" not in twin.metadata
-    assert source.with_suffix(".ipynb").stat().st_size < 700_000
+    moved = [data for code, data in shown.items() if "interact(" in code]
+    assert moved
+    assert all("image/png" in data for data in moved)
+
+
+@all_notebooks
+def test_the_pictures_have_no_background(source):
+    """They are read on white and on black pages."""
+    pictures = [data_of(cell).get("image/png") for cell in execute.code_cells(twin_of(source))]
+    for picture in filter(None, pictures):
+        with PIL.Image.open(io.BytesIO(base64.b64decode(picture))) as image:
+            assert image.convert("RGBA").getpixel((0, 0))[3] == 0
+
+
+def test_the_twins_are_small_enough_for_git():
+    sizes = [twin.stat().st_size for twin in NOTEBOOKS.glob("*.ipynb")]
+    assert max(sizes) < 150_000
+    assert sum(sizes) < 600_000
 
 
 # What `interact` draws first is right; what it draws when the slider is moved to the left is not.
@@ -109,12 +132,19 @@ def test_the_twin_has_the_cells_of_its_source(source):
 
 
 @all_notebooks
+def test_the_site_folds_the_code(source):
+    """By a tag of each cell, which MyST-NB reads."""
+    cells = execute.code_cells(twin_of(source))
+    assert {tuple(cell.metadata.tags) for cell in cells} == {("hide-input",)}
+
+
+@all_notebooks
 def test_the_twin_shows_pictures_and_no_error(source):
-    cells = code_cells(twin_of(source))
+    cells = execute.code_cells(twin_of(source))
     assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
     outputs = [output for cell in cells for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert "error" not in {output.output_type for output in outputs}
+    assert {output.output_type for output in outputs} == {"display_data", "stream"}
     assert set(streams(twin_of(source), "stderr")) == {""}
 
 
@@ -123,8 +153,8 @@ def test_the_twin_holds_nothing_of_the_machine_that_made_it(source):
     twin = twin_of(source)
     assert twin.metadata == execute.METADATA
     assert [cell.id for cell in twin.cells] == [f"cell-{i}" for i in range(len(twin.cells))]
-    assert all(cell.metadata == {} for cell in twin.cells)
-    outputs = [output for cell in code_cells(twin) for output in cell.outputs]
+    assert all(cell.metadata == {} for cell in twin.cells if cell.cell_type == "markdown")
+    outputs = [output for cell in execute.code_cells(twin) for output in cell.outputs]
     shown = [output.get("data", {}).get("text/plain", "") for output in outputs]
     texts = [cell.source for cell in twin.cells] + streams(twin, "stdout") + shown
     place = re.compile(r"(?<![\w.])/(tmp|home|work|root|usr|opt|Users|private|var)/|0x[0-9a-f]{6,}")
