@@ -70,6 +70,19 @@ def test_the_twins_are_small_enough_for_git():
     assert sum(sizes) < 600_000
 
 
+def test_the_page_lists_every_notebook_with_its_claim_in_the_order_of_reading():
+    page = (ROOT / "docs" / "notebooks.md").read_text()
+    entries = re.findall(r"^\d\. \[(.*?)\]\(\.\./notebooks/(\w+)\.ipynb\): (.*)$", page, flags=re.M)
+    order = re.findall(r"^/notebooks/(\w+)$", page, flags=re.MULTILINE)
+    assert [name for _, name, _ in entries] == order
+    assert sorted(order) == [source.stem for source in execute.SOURCES]
+    for title, name, claim in entries:
+        first = execute.read(NOTEBOOKS / f"{name}.py").cells[0].source
+        found = re.fullmatch(r"# (.*)\n\n\*\*(.*?)\*\*.*", first, flags=re.DOTALL)
+        assert found, name
+        assert (found[1], found[2].replace("\n", " ")) == (title, claim)
+
+
 # What `interact` draws first is right; what it draws when the slider is moved to the left is not.
 MOVABLE = """\
 # %%
