@@ -103,7 +103,7 @@ ADAPTIVE = {
     "spam_clip": gc.spam_clip(),
 }
 AROUND = {
-    "skip_spikes": gc.skip_spikes(optax.identity(), limit=gc.limits.median(10.0)),
+    "skip_spikes": gc.skip_spikes(optax.identity(), grad_norm=gc.limits.median(10.0)),
     "error_feedback": gc.error_feedback(gc.clip_by_global_norm(2.0)),
     "clip21": gc.clip21(gc.clip_by_global_norm(2.0)),
 }
