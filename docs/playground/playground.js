@@ -2,10 +2,13 @@
 //
 // The unit is that of figure 6 in Pascanu, Mikolov, Bengio 2013 (https://arxiv.org/abs/1211.5063):
 // x_t = w σ(x_{t-1}) + b from x_0 = 1/2, with the loss (σ(x_T) − 0.7)². The first half of this file
-// is the mathematics, in float64, and knows no page; the second half draws.
+// is the mathematics, in float64; the second half is the page, with what page.js offers.
 "use strict";
 
 (() => {
+  const { find, minus, brief, power, number, colors, prepare, scale, ticks } = page;
+  const { line, marker, write, logAxes } = page;
+
   const FIRST = 0.5;
   const TARGET = 0.7;
   const HIGHEST = TARGET ** 2; // the loss as x_T → −∞
@@ -121,72 +124,49 @@
     };
   }
 
-  const playground = {
-    sigmoid, loss, gradient, clipFactor, descend, cliff, crest, spectralNorm, jacobians,
-  };
-  window.playground = playground;
-
-  const find = (id) => document.getElementById(id);
-  if (!find("terrain")) return; // only the mathematics was asked for
-
-  // The settings, which the address holds after its #.
+  // The settings.
 
   const STEPS = 60;
-  const RANGES = {
-    rho: [0.7, 1.4], T: [5, 100], limit: [0.01, 1e4], rate: [0.001, 1], b: [-4, 0],
-    step: [0, STEPS], turn: [-180, 180],
-  };
-  const CHOICES = { view: ["map", "surface"], window: ["near", "whole"] };
-  const DEFAULTS = Object.freeze({
-    rho: 1.25, T: 50, limit: 1, rate: 0.1, b: -2.61234136, step: 20, turn: 155,
-    view: "map", window: "near",
+  const tab = page.tab("cliff", {
+    ranges: {
+      rho: [0.7, 1.4], T: [5, 100], limit: [0.01, 1e4], rate: [0.001, 1], b: [-4, 0],
+      step: [0, STEPS], turn: [-180, 180],
+    },
+    choices: { view: ["map", "surface"], window: ["near", "whole"] },
+    whole: ["T", "step", "turn"],
+    logarithmic: ["limit", "rate"],
+    // Below the cliff, so that both paths walk up to it.
+    defaults: {
+      rho: 1.075, T: 40, limit: 1, rate: 0.1, b: -2.33, step: STEPS, turn: 155,
+      view: "map", window: "near",
+    },
+    /** ρ moves the cliff, and the start keeps its distance from it. */
+    follow(before, changes) {
+      if (!("rho" in changes) || "b" in changes) return;
+      const b = cliff(startW()) + before.b - cliff(before.rho / SLOPE);
+      state.b = Math.min(0, Math.max(-4, Number(b.toFixed(8))));
+    },
+    update,
+    draw,
+    hide: pause,
   });
-  const WHOLE = ["T", "step", "turn"];
-
-  const state = { ...DEFAULTS };
+  const { state, change } = tab;
   const startW = () => state.rho / SLOPE;
-
-  /** Take over what is valid; numbers outside their range go to its end. */
-  function accept(changes) {
-    for (const [name, value] of Object.entries(changes)) {
-      if (name in CHOICES && CHOICES[name].includes(value)) state[name] = value;
-      const number = Number(value);
-      if (!(name in RANGES) || value === "" || Number.isNaN(number)) continue;
-      const [low, high] = RANGES[name];
-      const inside = Math.min(high, Math.max(low, number));
-      state[name] = WHOLE.includes(name) ? Math.round(inside) : inside;
-    }
-  }
-
-  const hashOf = (settings) =>
-    `#${Object.entries(settings)
-      .map(([name, value]) => `${name}=${value}`)
-      .join("&")}`;
-
-  function readHash() {
-    const given = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
-    Object.assign(state, DEFAULTS, { b: NaN });
-    accept(given);
-    if (Number.isNaN(state.b)) state.b = crest(startW(), state.T); // which it is in DEFAULTS
-  }
-
-  let pending = 0;
-  /** A little later: browsers refuse more than 100 changes of the address in half a minute. */
-  function writeHash() {
-    clearTimeout(pending);
-    pending = setTimeout(() => history.replaceState(null, "", hashOf(state)), 300);
-  }
 
   // What is drawn from them.
 
   const paths = {};
   let norms = {};
 
-  function compute() {
+  function update() {
     const common = { w: startW(), b: state.b, T: state.T, rate: state.rate, steps: STEPS };
     paths.free = descend({ ...common, limit: Infinity });
     paths.clipped = descend({ ...common, limit: state.limit });
     norms = jacobians(state.rho, state.T, state.b);
+    find("turning").hidden = state.view !== "surface";
+    find("terrain").classList.toggle("turns", state.view === "surface");
+    find("play").textContent = timer ? "Pause" : state.step === STEPS ? "Play again" : "Play";
+    find("step-once").disabled = state.step === STEPS;
   }
 
   /** The part that is shown. It hops, so that the start moves and not the picture. */
@@ -197,76 +177,19 @@
     return { w: [w - 0.38, w + 0.3], b: [b - 0.3, b + 0.34] };
   }
 
-  let colours = {};
-  function readColours() {
-    const style = getComputedStyle(document.documentElement);
-    const names = ["paper", "ink", "faint", "grid", "free", "clipped", "rotation", "tanh", "shear"];
-    names.push("unit", "low", "middle", "high", "contour");
-    colours = Object.fromEntries(
-      names.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]),
-    );
-  }
-
   const channels = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
 
-  /** The colour of a loss: by its root, which is |σ(x_T) − 0.7|, so that the valley is seen too. */
+  /** The color of a loss: by its root, which is |σ(x_T) − 0.7|, so that the valley is seen too. */
   function shade(value) {
     const part = 2 * Math.min(1, Math.sqrt(value / HIGHEST));
     const [from, to] = part < 1 ? ["low", "middle"] : ["middle", "high"];
-    const start = channels(colours[from]);
-    const end = channels(colours[to]);
+    const start = channels(colors[from]);
+    const end = channels(colors[to]);
     const share = part < 1 ? part : part - 1;
     return start.map((channel, i) => Math.round(channel + share * (end[i] - channel)));
   }
 
   const rgb = ([r, g, b], light = 1) => `rgb(${[r, g, b].map((c) => Math.round(c * light))})`;
-
-  /** A context in CSS pixels, cleared, sharp on every screen. */
-  function prepare(canvas) {
-    const ratio = window.devicePixelRatio || 1;
-    const { clientWidth: width, clientHeight: height } = canvas;
-    canvas.width = Math.round(width * ratio);
-    canvas.height = Math.round(height * ratio);
-    const context = canvas.getContext("2d");
-    context.scale(ratio, ratio);
-    context.font = `12px ${getComputedStyle(document.body).fontFamily}`;
-    context.lineJoin = "round";
-    context.textBaseline = "middle";
-    return { context, width, height };
-  }
-
-  function line(context, points, { colour, width = 2, dash = [] }) {
-    context.beginPath();
-    points.forEach(([x, y], i) => (i ? context.lineTo(x, y) : context.moveTo(x, y)));
-    context.strokeStyle = colour;
-    context.lineWidth = width;
-    context.setLineDash(dash);
-    context.stroke();
-    context.setLineDash([]);
-  }
-
-  /** Circles for the clipped path, squares for the other: colour is not the only difference. */
-  function marker(context, [x, y], { colour, square, size = 3, hollow = false }) {
-    context.beginPath();
-    if (square) context.rect(x - size, y - size, 2 * size, 2 * size);
-    else context.arc(x, y, size, 0, 2 * Math.PI);
-    context.fillStyle = hollow ? colours.paper : colour;
-    context.fill();
-    context.lineWidth = 1.5;
-    context.strokeStyle = hollow ? colour : colours.paper;
-    context.stroke();
-  }
-
-  function write(context, text, x, y, { align = "left", colour = colours.ink, halo = false } = {}) {
-    context.textAlign = align;
-    if (halo) {
-      context.lineWidth = 4;
-      context.strokeStyle = colours.paper;
-      context.strokeText(text, x, y);
-    }
-    context.fillStyle = colour;
-    context.fillText(text, x, y);
-  }
 
   /** The part of a segment inside a rectangle, as two shares of it (Liang, Barsky 1984). */
   function inside([x0, y0], [x1, y1], box) {
@@ -292,17 +215,17 @@
   function drawPath(context, name, project, box, note = null) {
     const visible = paths[name].slice(0, state.step + 1);
     const pixels = visible.map(project);
-    const colour = colours[name];
+    const color = colors[name];
     const gone = [];
-    for (const [under, width] of [[colours.paper, 4.5], [colour, 2.2]]) {
+    for (const [under, width] of [[colors.paper, 4.5], [color, 2.2]]) {
       for (let i = 1; i < pixels.length; i++) {
         const part = inside(pixels[i - 1], pixels[i], box);
         if (!part) continue;
         const [[x0, y0], [x1, y1]] = [pixels[i - 1], pixels[i]];
         const ends = part.map((share) => [x0 + share * (x1 - x0), y0 + share * (y1 - y0)]);
-        const dash = under === colour ? STYLES[name].dash : [];
-        line(context, ends, { colour: under, width, dash });
-        if (under === colour && part[1] < 1) gone.push({ step: i, from: ends[0], at: ends[1] });
+        const dash = under === color ? STYLES[name].dash : [];
+        line(context, ends, { color: under, width, dash });
+        if (under === color && part[1] < 1) gone.push({ step: i, from: ends[0], at: ends[1] });
       }
     }
     const within = ([x, y]) => x >= box.left && x <= box.right && y >= box.top && y <= box.bottom;
@@ -311,7 +234,7 @@
       const now = i === pixels.length - 1;
       const apart = Math.hypot(pixel[0] - last[0], pixel[1] - last[1]) > 7;
       if (!within(pixel) || !(apart || now)) return; // crowded markers would hide the path
-      marker(context, pixel, { colour, ...STYLES[name], size: now ? 5.5 : 2.6 });
+      marker(context, pixel, { color, ...STYLES[name], size: now ? 5.5 : 2.6 });
       last = pixel;
     });
     for (const { step, from, at } of gone.slice(0, 1)) {
@@ -323,18 +246,19 @@
       context.moveTo(0, 0);
       context.lineTo(-12, -6);
       context.lineTo(-12, 6);
-      context.fillStyle = colour;
+      context.fillStyle = color;
       context.fill();
       context.restore();
       const { w, b } = visible[step];
-      const text = `step ${step}: to (${three(w)}, ${three(b)})`;
+      const text = `step ${step}: to (${brief(w, 3)}, ${brief(b, 3)})`;
       const right = at[0] > (box.left + box.right) / 2;
       const aside = at[1] + (angle < 0 ? -14 : 14); // where the line does not come from
       const y = Math.min(box.bottom - 14, Math.max(box.top + 14, aside));
-      if (note) write(context, text, ...note, { colour });
+      const moves = [0, 16, -16, 32, -32];
+      if (note) write(context, text, ...note, { color, moves });
       else {
         write(context, text, at[0] + (right ? -16 : 16), y, {
-          align: right ? "right" : "left", colour, halo: true,
+          align: right ? "right" : "left", color, halo: true, moves,
         });
       }
     }
@@ -369,9 +293,6 @@
   function mapBox(width, height) {
     return { left: 54, right: width - 58, top: 10, bottom: height - 40 };
   }
-
-  const scale = ([from, to], [low, high]) => (value) =>
-    low + ((value - from) / (to - from)) * (high - low);
 
   /** The place of the grid's corner (i, j) in pixels: an affine map, as the cliff is a line. */
   function placing({ region, columns, rows }, x, y) {
@@ -425,18 +346,9 @@
         }
       }
     }
-    context.strokeStyle = colours.contour;
+    context.strokeStyle = colors.contour;
     context.lineWidth = 0.8;
     context.stroke();
-  }
-
-  function ticks([low, high], count) {
-    const raw = (high - low) / count;
-    const power = 10 ** Math.floor(Math.log10(raw));
-    const step = power * [1, 2, 5, 10].find((factor) => factor * power >= raw);
-    const found = [];
-    for (let i = Math.ceil(low / step); i * step <= high; i++) found.push(i * step);
-    return found;
   }
 
   function drawScale(context, box) {
@@ -472,25 +384,25 @@
     if (region.w[0] < 1 / SLOPE && region.w[1] > 1 / SLOPE) {
       const at = x(1 / SLOPE);
       line(context, [[at, box.top], [at, box.bottom]], {
-        colour: colours.ink, width: 1, dash: [2, 4],
+        color: colors.ink, width: 1, dash: [2, 4],
       });
       write(context, "ρ = 1", at + 5, box.bottom - 12, { halo: true });
     }
-    context.strokeStyle = colours.faint;
+    context.strokeStyle = colors.faint;
     context.lineWidth = 1;
     context.strokeRect(box.left, box.top, box.right - box.left, box.bottom - box.top);
     for (const value of ticks(region.w, 5)) {
       write(context, brief(value), x(value), box.bottom + 13, { align: "center" });
     }
     for (const value of ticks(region.b, 6)) {
-      write(context, minus(brief(value)), box.left - 6, y(value), { align: "right" });
+      write(context, brief(value), box.left - 6, y(value), { align: "right" });
     }
     write(context, "w = 4ρ", (box.left + box.right) / 2, box.bottom + 30, { align: "center" });
     write(context, "b", 8, (box.top + box.bottom) / 2);
     drawScale(context, box);
     for (const name of ["free", "clipped"]) drawPath(context, name, (p) => [x(p.w), y(p.b)], box);
     const start = [x(startW()), y(state.b)];
-    marker(context, start, { colour: colours.ink, size: 4.5, hollow: true });
+    marker(context, start, { color: colors.ink, size: 4.5, hollow: true });
   }
 
   // The terrain as a surface that turns.
@@ -524,7 +436,7 @@
       ];
       for (const [p, q] of sides) {
         const corners = [p, q, [q[0], q[1], 0], [p[0], p[1], 0]];
-        faces.push({ corners, fill: colours.grid, side: true });
+        faces.push({ corners, fill: colors.grid, side: true });
       }
     }
     for (const face of faces) {
@@ -539,7 +451,7 @@
       });
       context.closePath();
       context.fillStyle = fill;
-      context.strokeStyle = side ? fill : colours.contour;
+      context.strokeStyle = side ? fill : colors.contour;
       context.lineWidth = side ? 1 : 0.4;
       context.fill();
       context.stroke();
@@ -547,16 +459,15 @@
     const u = scale(region.w, [-0.5, 0.5]);
     const v = scale(region.above, [-0.5, 0.5]);
     const box = { left: 4, right: width - 4, top: 4, bottom: height - 4 };
+    write(context, `height: loss, 0 to 0.49; b: cliff ± ${half.toFixed(2)}`, 8, 14);
     for (const name of ["free", "clipped"]) {
       drawPath(context, name, (p) => project(u(p.w), v(p.b - cliff(p.w)), p.loss), box, [8, 32]);
     }
     const start = project(u(startW()), v(state.b - cliff(startW())), paths.free[0].loss);
-    marker(context, start, { colour: colours.ink, size: 4.5, hollow: true });
+    marker(context, start, { color: colors.ink, size: 4.5, hollow: true });
     const label = (text, p, q) => {
       const [x, y] = project(p, q, 0);
-      const room = context.measureText(text).width / 2 + 6;
-      const within = Math.min(width - room, Math.max(room, x));
-      write(context, text, within, y + 4, { align: "center", halo: true });
+      write(context, text, x, y + 4, { align: "center", halo: true, moves: [0, 14, -14, 28, -28] });
     };
     const frontU = -0.58 * Math.sign(Math.sin(angle));
     const frontV = -0.58 * Math.sign(Math.cos(angle));
@@ -564,61 +475,9 @@
       label(`w ${region.w[side].toFixed(2)}`, side - 0.5, frontV);
       label(side ? "higher b" : "lower b", frontU, 0.6 * (side - 0.5));
     }
-    write(context, `height: loss, 0 to 0.49; b: cliff ± ${half.toFixed(2)}`, 8, 14);
   }
 
   // Curves on a logarithmic scale.
-
-  const brief = (value) => String(Number(value.toPrecision(12)));
-  const SUPERSCRIPT = { "-": "⁻", ..."⁰¹²³⁴⁵⁶⁷⁸⁹" };
-  const minus = (text) => text.replace("-", "−");
-  const power = (exponent) => `10${[...String(exponent)].map((c) => SUPERSCRIPT[c]).join("")}`;
-  const three = (value) => minus(brief(Number(value.toPrecision(3))));
-
-  function number(value) {
-    if (Number.isInteger(value) && Math.abs(value) < 1e5) return minus(String(value));
-    const exponent = Math.floor(Math.log10(Math.abs(value)));
-    if (exponent >= -3 && exponent < 5) return minus(value.toPrecision(4));
-    const digits = (value / 10 ** exponent).toFixed(2);
-    return Number.isFinite(Number(digits)) && Number.isFinite(exponent)
-      ? `${minus(digits)}·${power(exponent)}`
-      : String(value);
-  }
-
-  /** Axes with powers of ten upwards; `floor` is where smaller values, and 0, are drawn. */
-  function logAxes(canvas, values, { last, floor, xLabel }) {
-    const { context, width, height } = prepare(canvas);
-    const box = { left: 52, right: width - 12, top: 12, bottom: height - 40 };
-    const usable = values.filter((value) => value > 0 && Number.isFinite(value));
-    const exponents = usable.map(Math.log10);
-    const least = Math.floor(Math.min(0, ...exponents));
-    const low = Math.max(floor, values.includes(0) ? least - 1 : least);
-    const below = values.filter((value) => value < 10 ** low);
-    const high = Math.max(low + 2, Math.ceil(Math.max(0, ...exponents) + 0.15));
-    const x = scale([0, last], [box.left, box.right]);
-    const upwards = scale([low, high], [box.bottom, box.top]);
-    const y = (value) => {
-      if (Number.isNaN(value)) return box.bottom;
-      return upwards(Math.min(high, Math.max(low, Math.log10(value))));
-    };
-    const each = Math.max(1, Math.ceil((high - low) / 7));
-    for (let exponent = high; exponent >= low; exponent -= 1) {
-      if (exponent % each) continue;
-      const at = upwards(exponent);
-      line(context, [[box.left, at], [box.right, at]], { colour: colours.grid, width: 1 });
-      if (exponent === low && below.length) continue;
-      write(context, power(exponent), box.left - 6, at, { align: "right" });
-    }
-    if (below.length) {
-      const text = below.some((value) => value > 0) ? `≤ ${power(low)}` : "0";
-      write(context, text, box.left - 6, box.bottom, { align: "right" });
-    }
-    for (const value of ticks([0, last], width < 420 ? 5 : 8)) {
-      write(context, brief(value), x(value), box.bottom + 13, { align: "center" });
-    }
-    write(context, xLabel, (box.left + box.right) / 2, box.bottom + 30, { align: "center" });
-    return { context, box, x, y };
-  }
 
   function drawNorms(canvas) {
     const count = state.step + 1;
@@ -628,17 +487,17 @@
     });
     const at = y(state.limit);
     const ends = [[box.left, at], [box.right, at]];
-    line(context, ends, { colour: colours.ink, width: 1.5, dash: [2, 3] });
+    line(context, ends, { color: colors.ink, width: 1.5, dash: [2, 3] });
     ["free", "clipped"].forEach((name, i) => {
       const pixels = seen[i].map((norm, step) => [x(step), y(norm)]);
-      line(context, pixels, { colour: colours[name], width: 1.8, dash: STYLES[name].dash });
+      line(context, pixels, { color: colors[name], width: 1.8, dash: STYLES[name].dash });
       pixels.forEach((pixel, step) => {
         const hollow = name === "clipped" && paths.clipped[step].factor === 1;
-        marker(context, pixel, { colour: colours[name], ...STYLES[name], hollow });
+        marker(context, pixel, { color: colors[name], ...STYLES[name], hollow });
       });
     });
-    const text = `limit ${three(state.limit)}`;
-    write(context, text, box.right - 4, at - 10, { align: "right", halo: true });
+    const text = `limit ${brief(state.limit, 3)}`;
+    write(context, text, box.right - 4, at - 10, { align: "right", halo: true, moves: [0, 20] });
   }
 
   const CURVES = { rotation: [8, 4], shear: [], tanh: [2, 3], unit: [10, 3, 2, 3] };
@@ -647,16 +506,34 @@
     const { context, box, x, y } = logAxes(canvas, Object.values(norms).flat(), {
       last: state.T, floor: -8, xLabel: "time steps back, k",
     });
-    line(context, [[box.left, y(1)], [box.right, y(1)]], { colour: colours.ink, width: 1 });
+    line(context, [[box.left, y(1)], [box.right, y(1)]], { color: colors.ink, width: 1 });
     for (const [name, dash] of Object.entries(CURVES)) {
       const pixels = norms[name].map((norm, k) => [x(k), y(norm)]);
-      line(context, pixels, { colour: colours[name], width: 2.4, dash });
+      line(context, pixels, { color: colors[name], width: 2.4, dash });
     }
   }
 
   // The page.
 
+  /** Which path ends lower, and why, in a sentence. */
+  function verdict() {
+    if (paths.clipped.every((point) => point.factor === 1)) {
+      return "The clip never fires here: both paths are the same.";
+    }
+    const [free, clipped] = ["free", "clipped"].map((name) => paths[name][STEPS].loss);
+    const sizes = paths.free.map((point) => point.norm);
+    const largest = Math.max(...sizes);
+    const why =
+      `without it, step ${sizes.indexOf(largest) + 1} follows a gradient of norm ` +
+      `${brief(largest, 3)} over a distance of ${brief(state.rate * largest, 3)}, and the path ends ` +
+      `at a loss of ${number(free)}; with it, a step is at most limit × learning rate = ` +
+      `${brief(state.limit * state.rate, 3)} long, and the path ends at ${number(clipped)}.`;
+    if (clipped < free / 2) return `The clip wins: ${why}`;
+    return free < clipped / 2 ? `The clip loses here: ${why}` : `Neither path wins here: ${why}`;
+  }
+
   function describe() {
+    find("verdict").textContent = verdict();
     const [free, clipped] = ["free", "clipped"].map((name) => paths[name][state.step]);
     const place = (p) => `w ${number(p.w)}, b ${number(p.b)}, loss ${number(p.loss)}`;
     const rows = { w: "w", b: "b", loss: "loss", norm: "norm" };
@@ -687,42 +564,12 @@
     );
   }
 
-  const LOGARITHMIC = ["limit", "rate"];
-  const SLIDERS = ["rho", "T", "limit", "rate", "step", "turn"];
-
-  function showSettings() {
-    for (const name of SLIDERS) {
-      const slider = find(name);
-      slider.value = LOGARITHMIC.includes(name) ? Math.log10(state[name]) : state[name];
-      const text = name === "rho" ? state.rho.toFixed(3) : three(state[name]);
-      find(`${name}-value`).textContent = text;
-      slider.setAttribute("aria-valuetext", text);
-    }
-    if (document.activeElement !== find("b")) find("b").value = state.b;
-    for (const name of Object.keys(CHOICES)) find(`${name}-${state[name]}`).checked = true;
-    find("turning").hidden = state.view !== "surface";
-    find("terrain").classList.toggle("turns", state.view === "surface");
-    find("play").textContent = timer ? "Pause" : state.step === STEPS ? "Play again" : "Play";
-    find("step-once").disabled = state.step === STEPS;
-  }
-
   function draw() {
-    readColours();
-    showSettings();
     if (state.view === "map") drawMap(find("terrain"));
     else drawSurface(find("terrain"));
     drawNorms(find("norms"));
     drawJacobians(find("jacobians"));
     describe();
-  }
-
-  let frame = 0;
-  function change(changes, { remember = true } = {}) {
-    accept(changes);
-    compute();
-    if (remember) writeHash();
-    cancelAnimationFrame(frame);
-    frame = requestAnimationFrame(draw);
   }
 
   let timer = 0;
@@ -744,28 +591,7 @@
     change({ step: state.step === STEPS ? 0 : state.step }, { remember: false });
   }
 
-  /** ρ and T move the cliff, and the start stays on its crest. */
-  const onCrest = (changes) => {
-    const { rho, T } = { ...state, ...changes };
-    return { ...changes, b: crest(rho / SLOPE, T) };
-  };
-
-  for (const name of SLIDERS) {
-    find(name).addEventListener("input", (event) => {
-      let value = Number(event.target.value);
-      if (LOGARITHMIC.includes(name)) value = Number((10 ** value).toPrecision(3));
-      if (name === "step") pause();
-      const changes = { [name]: value };
-      change(name === "rho" || name === "T" ? onCrest(changes) : changes);
-    });
-  }
-  find("b").addEventListener("input", (event) => change({ b: event.target.value }));
-  find("b").addEventListener("blur", () => change({}));
-  for (const [name, values] of Object.entries(CHOICES)) {
-    for (const value of values) {
-      find(`${name}-${value}`).addEventListener("change", () => change({ [name]: value }));
-    }
-  }
+  find("step").addEventListener("input", pause);
   find("play").addEventListener("click", play);
   find("step-once").addEventListener("click", () => {
     pause();
@@ -775,10 +601,10 @@
     pause();
     change({ step: 0 });
   });
-  find("crest").addEventListener("click", () => change(onCrest({})));
+  find("crest").addEventListener("click", () => change({ b: crest(startW(), state.T) }));
   find("defaults").addEventListener("click", () => {
     pause();
-    change(DEFAULTS);
+    change(tab.defaults);
   });
 
   let held = null;
@@ -809,16 +635,7 @@
     change({ rho: Number(rho.toFixed(3)), b: Number(b.toFixed(4)) });
   });
 
-  window.addEventListener("hashchange", () => {
-    pause();
-    readHash();
-    change({}, { remember: false });
-  });
-  window.addEventListener("resize", () => change({}, { remember: false }));
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-
-  readHash();
-  compute();
-  draw();
-  Object.assign(playground, { state, paths, draw, change, DEFAULTS });
+  window.playground = {
+    sigmoid, loss, gradient, clipFactor, descend, cliff, crest, spectralNorm, jacobians, tab, paths,
+  };
 })();

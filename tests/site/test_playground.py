@@ -31,25 +31,60 @@ PATHS = [
     START | {"b": -2.3, "rate": 0.5, "limit": 0.05},
     START | {"w": 4.4, "T": 20, "limit": 0.3},
     START | {"w": 3.6, "b": -1.8, "T": 100, "limit": 10.0},
+    START | {"w": 4.3, "b": -2.33, "T": 40, "limit": 1.0},  # as the page opens
+    START | {"w": 4.3, "b": -2.33, "T": 40, "limit": 1e9},
 ]
 RADII = [(0.8, 30, -1.5), (0.9, 60, -2.0), (1.25, 50, -2.61234136), (1.4, 50, -2.9857726)]
 HASH = "#rho=1.1&T=30&limit=0.5&rate=0.2&b=-2.2&step=7&view=surface&window=whole&turn=-40&x=1"
 
 # Runs in the page after its own script, and leaves what it found as JSON in the document.
 PROBE = """
-(async () => {
+// Where the machine is busy, the browser draws no frame for seconds of virtual time. As timers
+// frames come in their turn, so that what the page draws by itself is there when it is read.
+window.requestAnimationFrame = (callback) => setTimeout(() => callback(performance.now()), 16);
+window.cancelAnimationFrame = clearTimeout;
+window.addEventListener("load", async () => {
   const { playground: at, location } = window;
+  const state = at.tab.state;
   const find = (id) => document.getElementById(id);
-  // Where the machine is busy, the browser draws no frame for seconds of virtual time. As timers
-  // frames come in their turn, so that what the page draws by itself is there when it is read.
-  window.requestAnimationFrame = (callback) => setTimeout(() => callback(performance.now()), 16);
-  window.cancelAnimationFrame = clearTimeout;
   const later = (time) => new Promise((resolve) => setTimeout(resolve, time));
   const set = (id, value) => {
     find(id).value = value;
-    find(id).dispatchEvent(new Event("input"));
+    find(id).dispatchEvent(new Event(find(id).type === "range" ? "input" : "change"));
   };
-  const colours = (id) => {
+  // Where texts stand on each canvas, as the browser measures them.
+  const texts = new Map();
+  const fill = CanvasRenderingContext2D.prototype.fillText;
+  CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+    const width = this.measureText(text).width;
+    const left = x - { left: 0, start: 0, center: width / 2, right: width }[this.textAlign];
+    texts.get(this.canvas.id)?.push({ text, left, right: left + width, top: y - 6, bottom: y + 6 });
+    fill.call(this, text, x, y);
+  };
+  const faults = (draw, ids) => {
+    for (const id of ids) texts.set(id, []);
+    draw();
+    const found = [];
+    for (const id of ids) {
+      const all = texts.get(id);
+      const { clientWidth, clientHeight } = find(id);
+      all.forEach((one, i) => {
+        const inside = one.left >= 0 && one.right <= clientWidth && one.top >= 0;
+        if (!inside || one.bottom > clientHeight) found.push(`${id}: ${one.text} is cut`);
+        for (const other of all.slice(0, i)) {
+          if (one.left < other.right && other.left < one.right &&
+              one.top < other.bottom && other.top < one.bottom) {
+            found.push(`${id}: ${one.text} covers ${other.text}`);
+          }
+        }
+      });
+      texts.set(id + "-seen", all.map(({ text }) => text));
+      texts.delete(id);
+    }
+    return found;
+  };
+  const ends = (sliders) => sliders.flatMap((id) => [[id, find(id).min], [id, find(id).max]]);
+  const colors = (id) => {
     const { width, height } = find(id);
     const copy = Object.assign(document.createElement("canvas"), { width, height });
     const context = copy.getContext("2d", { willReadFrequently: true });
@@ -57,11 +92,12 @@ PROBE = """
     const data = context.getImageData(0, 0, width, height).data;
     return new Set(new Uint32Array(data.buffer)).size;
   };
-  const canvases = () => ["terrain", "norms", "jacobians"].map(colours);
+  const canvases = () => ["terrain", "norms", "jacobians"].map(colors);
   const unnamed = [...document.querySelectorAll("input, button, canvas")].filter((element) => {
     const label = element.labels && element.labels.length ? element.labels[0].textContent : "";
     return !(label || element.textContent || element.getAttribute("aria-label")).trim();
   });
+  await later(600);
   const found = {
     paths: PATHS.map(at.descend),
     jacobians: RADII.map((setting) => at.jacobians(...setting)),
@@ -71,7 +107,7 @@ PROBE = """
     losses: [at.loss(5, -2.61234136, 50), at.loss(3, -1, 9), at.gradient(3, -1, 9).loss],
     factors: [at.clipFactor(2, 1), at.clipFactor(1, 1), at.clipFactor(NaN, 1), at.clipFactor(0, 0)],
     unnamed: unnamed.map((element) => element.id),
-    shared: { ...at.state },
+    shared: { ...state },
     sliders: ["rho", "T", "limit", "rate", "step", "turn", "b"].map((id) => find(id).value),
     outputs: ["rho", "T", "limit", "rate", "step"].map((id) => find(`${id}-value`).textContent),
     surface: canvases(),
@@ -79,39 +115,111 @@ PROBE = """
   find("defaults").click();
   await later(600);
   found.hash = location.hash;
-  found.defaults = { ...at.state };
+  found.defaults = { ...state };
+  found.verdict = find("verdict").textContent;
   found.map = canvases();
   found.status = find("status").textContent;
   found.label = find("terrain").getAttribute("aria-label");
   const { left, top, width, height } = find("terrain").getBoundingClientRect();
   const where = { clientX: left + 54 + (width - 112) / 2, clientY: top + 10 + (height - 50) / 2 };
   find("terrain").dispatchEvent(new MouseEvent("click", where));
-  found.clicked = { ...at.state };
+  found.clicked = { ...state };
   set("rho", 1.2);
-  found.moved = { ...at.state };
+  found.moved = { ...state };
   set("limit", -1);
-  found.limit = at.state.limit;
+  found.limit = state.limit;
+  find("crest").click();
+  found.onCrest = state.b;
+  found.typed = ["-9", "", "0.5", "-2"].map((value) => {
+    set("b", value);
+    return [state.b, find("b").value, find("note").textContent];
+  });
   find("reset").click();
   find("step-once").click();
-  found.stepped = at.state.step;
+  found.stepped = state.step;
   find("play").click();
   await later(1000);
-  found.played = at.state.step;
+  found.played = state.step;
   found.button = find("play").textContent;
   find("play").click();
-  const paused = at.state.step;
+  const paused = state.step;
   await later(500);
-  found.paused = at.state.step - paused;
+  found.paused = state.step - paused;
   location.hash = "#limit=7&b=nonsense&view=nowhere&T=1e9";
-  await later(300);
-  found.pasted = { ...at.state };
+  await later(600);
+  found.pasted = { ...state };
+  found.pastedHash = location.hash;
+  found.note = find("note").textContent;
   new Image().src = "https://example.org/picture.png"; // the policy of the page refuses it
   await later(100);
+  found.faults = [];
+  const cliffSliders = ["rho", "T", "limit", "rate", "step", "turn"];
+  const rules = [...document.styleSheets[0].cssRules];
+  const widths = rules.filter(({ media }) => /width/.test(media?.mediaText));
+  const [phone, desk] = widths.map(({ media }) => media);
+  const setWidth = (width) => { // with the style of that width, in a window that stays as it is
+    document.body.style.width = width;
+    [phone.mediaText, desk.mediaText] = width === "358px" ? ["all", "not all"] : ["not all", "all"];
+  };
+  for (const [width, view, where] of [
+    ["1240px", "map", "near"], ["358px", "map", "near"], ["358px", "map", "whole"],
+    ["358px", "surface", "near"],
+  ]) {
+    setWidth(width);
+    for (const [id, value] of [["step", 60], ...ends(cliffSliders)]) {
+      if (id === "turn" && view === "map") continue;
+      at.tab.change({ ...at.tab.defaults, view, window: where }, { remember: false });
+      set(id, value);
+      const seen = faults(at.tab.draw, ["terrain", "norms", "jacobians"]);
+      if (!texts.get("norms-seen").some((text) => text.startsWith("limit"))) seen.push("limit");
+      if (document.body.scrollWidth > document.body.clientWidth) seen.push("too wide");
+      const setting = `${width} ${view} ${where} ${id}=${value}`;
+      found.faults.push(...seen.map((fault) => `${setting} ${fault}`));
+    }
+  }
+  find("tab-training").click();
+  await later(600);
+  const { training } = at;
+  found.training = { hash: location.hash, hidden: find("cliff").hidden };
+  found.training.drawn = training.see().steps;
+  find("rnn-play").click();
+  found.training.button = (await later(100), find("rnn-play").textContent);
+  const stopped = training.see().steps;
+  await later(200);
+  found.training.paused = training.see().steps - stopped;
+  while (training.see().steps < 1000) training.step();
+  for (const width of ["1240px", "358px"]) {
+    setWidth(width);
+    const seen = faults(training.tab.draw, ["rnn-losses", "rnn-norms"]);
+    found.faults.push(...seen.map((fault) => `${width} ${fault}`));
+  }
+  found.training.labels = [...texts.get("rnn-losses-seen"), ...texts.get("rnn-norms-seen")];
+  found.training.verdict = find("rnn-verdict").textContent;
+  found.training.cells = ["free", "clipped"].map((name) => find(`rnn-${name}-errors`).textContent);
+  found.training.colors = ["rnn-losses", "rnn-norms"].map(colors);
+  const weights = () => [...training.see().nets.clipped.weights.slice(0, 9)];
+  const begun = () => { training.tab.hide(); while (training.see().steps < 3) training.step(); };
+  find("rnn-reset").click(), begun();
+  found.training.same = [weights(), (find("rnn-reset").click(), begun(), weights())];
+  set("rnn-seed", "-5"), begun();
+  found.training.other = [find("rnn-seed").value, find("note").textContent, weights()];
+  for (const [id, value] of ends(["rnn-radius", "rnn-T", "rnn-limit", "rnn-rate"])) {
+    training.tab.change(training.tab.defaults, { remember: false });
+    set(id, value), begun();
+    while (training.see().steps < 8) training.step();
+    const seen = faults(training.tab.draw, ["rnn-losses", "rnn-norms"]);
+    found.faults.push(...seen.map((fault) => `${id}=${value} ${fault}`));
+  }
+  location.hash = "#tab=training&radius=9&T=12&limit=2&rate=0.1&seed=7";
+  await later(600);
+  found.training.pasted = { ...training.tab.state };
+  found.training.pastedNote = find("note").textContent;
+  training.tab.hide();
   const pre = document.createElement("pre");
   pre.id = "found";
   pre.textContent = JSON.stringify(found);
   document.body.append(pre);
-})();
+});
 """
 
 
@@ -137,7 +245,7 @@ def found(tmp_path_factory) -> dict:
     page = (folder / "index.html").read_text(encoding="utf-8")
     page = page.replace("</body>", '<script src="probe.js"></script></body>')
     (folder / "index.html").write_text(page, encoding="utf-8")
-    options = ["--virtual-time-budget=6000", "--dump-dom", "--window-size=1280,1000"]
+    options = ["--virtual-time-budget=12000", "--dump-dom", "--window-size=1280,1000"]
     address = (folder / "index.html").as_uri() + HASH
     document, messages = browse(address, folder / "profile", *options)
     (text,) = re.findall(r'<pre id="found">(.*?)</pre>', document, flags=re.DOTALL)
@@ -270,23 +378,85 @@ def test_the_address_sets_what_is_shown_and_holds_it(found):
     assert found["sliders"][:2] == ["1.1", "30"]
     np.testing.assert_allclose(float(found["sliders"][2]), np.log10(0.5), atol=0.026)
     assert found["sliders"][4:] == ["7", "-40", "-2.2"]
-    assert found["outputs"] == ["1.100", "30", "0.5", "0.2", "7"]
+    assert found["outputs"] == ["1.1", "30", "0.5", "0.2", "7"]
     defaults = found["defaults"]
-    assert defaults["b"] == -2.61234136
     pairs = (pair.split("=") for pair in found["hash"].removeprefix("#").split("&"))
     assert dict(pairs) == {name: f"{value}" for name, value in defaults.items()}
-    # What is no setting falls back to the default, what is out of range to the end of the range.
-    crest = pytest.approx(-2.612296670, abs=1e-8)
-    assert found["pasted"] == defaults | {"limit": 7, "T": 100, "b": crest}
+
+
+@needs_a_browser
+def test_a_value_outside_its_range_is_shown_as_taken(found):
+    """The next value that is valid, and a sentence that says so; the address follows."""
+    taken = {"limit": 7, "T": 100}
+    assert found["pasted"] == found["defaults"] | taken
+    assert "T=100&limit=7&" in found["pastedHash"]
+    assert found["note"] == (
+        "start: b must be from −4 to 0, got “nonsense”: −2.33 is used. "
+        "view must be map or surface, got nowhere: map is used. "
+        "sequence length T must be a whole number from 5 to 100, got 1e9: 100 is used."
+    )
+    rule = "start: b must be from −4 to 0, got"
+    assert found["typed"] == [
+        [-4, "-4", f"{rule} −9: −4 is used."],
+        [-4, "-4", f"{rule} “”: −4 is used."],
+        [0, "0", f"{rule} 0.5: 0 is used."],
+        [-2, "-2", ""],
+    ]
+
+
+@needs_a_browser
+def test_the_page_opens_where_the_clip_wins_and_says_why(found):
+    clipped, free = found["paths"][-2:]
+    assert [point["factor"] < 1 for point in clipped].count(True) == 1
+    assert max(point["norm"] for point in free) == free[3]["norm"]
+    assert clipped[-1]["loss"] < 1e-4 < 0.08 < free[-1]["loss"]
+    assert found["verdict"] == (
+        "The clip wins: without it, step 4 follows a gradient of norm 25.9 over a distance of "
+        "2.59, and the path ends at a loss of 0.08784; with it, a step is at most limit × "
+        "learning rate = 0.1 long, and the path ends at 1.57·10⁻⁵."
+    )
+
+
+@needs_a_browser
+def test_no_label_covers_another_at_the_ends_of_the_sliders(found):
+    """At the widths of a desk and of a phone, where no label is cut either."""
+    assert found["faults"] == []
+
+
+@needs_a_browser
+def test_a_network_trains_in_the_second_tab(found):
+    """Its numbers are those of test_rnn.py; here the clip wins, and the page says so."""
+    training = found["training"]
+    assert training["hidden"]
+    assert training["hash"] == "#tab=training&radius=1.2&T=20&limit=1&rate=0.07&seed=2"
+    assert training["drawn"] > 20
+    assert (training["button"], training["paused"]) == ("Train", 0)
+    assert training["cells"][1] == "0 %"
+    assert int(training["cells"][0].split()[0]) > 40
+    assert training["verdict"].startswith("The clip wins: 0 % errors with it, ")
+    for label in ("guess", "limit 1", "clipped", "not clipped"):
+        assert label in training["labels"]
+    assert min(training["colors"]) > 20
+    assert training["same"][0] == training["same"][1]
+    seed, note, weights = training["other"]
+    assert (seed, note) == ("0", "seed must be a whole number from 0 to 999999, got −5: 0 is used.")
+    assert weights != training["same"][0]
+    assert training["pasted"] == {"radius": 2, "T": 12, "limit": 2, "rate": 0.1, "seed": 7}
+    assert (
+        training["pastedNote"] == "initial spectral radius must be from 0.5 to 2, got 9: 2 is used."
+    )
 
 
 @needs_a_browser
 def test_clicks_sliders_and_buttons_work(found):
-    near = {"rho": 4.96 / 4, "b": -2.5922966560}  # the middle of the map
-    for name, value in near.items():
+    middle = {"rho": 4.21 / 4, "b": -2.1255}  # of the map
+    for name, value in middle.items():
         assert found["clicked"][name] == pytest.approx(value, abs=0.005)
+    # The start keeps its distance from the cliff, which falls by σ(1/2) per unit of w.
+    moved = found["clicked"]["b"] - (4.8 - 4 * found["clicked"]["rho"]) / (1 + np.exp(-0.5))
     assert found["moved"]["rho"] == 1.2
-    assert round(found["moved"]["b"], 3) == -2.488  # on the crest for w = 4.8
+    assert found["moved"]["b"] == pytest.approx(moved, abs=1e-7)
+    assert round(found["onCrest"], 3) == -2.489  # for w = 4.8
     assert found["limit"] == 0.1
     assert found["stepped"] == 1
     assert found["played"] > 3
@@ -296,10 +466,10 @@ def test_clicks_sliders_and_buttons_work(found):
 
 @needs_a_browser
 def test_pictures_are_drawn_and_described(found):
-    for colours in found["map"] + found["surface"]:
-        assert colours > 20
+    for colors in found["map"] + found["surface"]:
+        assert colors > 20
     assert found["unnamed"] == []
-    assert "Step 20. Without a clip: w 362.8, b 572.5, loss 0.09000" in found["status"]
+    assert "Step 60. Without a clip: w 5.603, b 0.03493, loss 0.08784" in found["status"]
     assert found["status"] in found["label"]
 
 
@@ -315,12 +485,12 @@ def test_the_page_opens_from_a_disk_without_a_network(found, tmp_path):
     assert "Content Security Policy" in refused
 
 
-def test_the_page_loads_its_script_alone():
+def test_the_page_loads_its_scripts_alone():
     page = (PAGE / "index.html").read_text(encoding="utf-8")
-    script = (PAGE / "playground.js").read_text(encoding="utf-8")
+    scripts = ["page.js", "playground.js", "rnn.js", "training.js"]
+    texts = page + "".join((PAGE / name).read_text(encoding="utf-8") for name in scripts)
     assert "default-src 'none'" in page
-    assert re.findall(r'(?:src|<link[^>]*href)="([^"]*)"', page) == ["data:,", "playground.js"]
-    assert not re.search(r"fetch\(|XMLHttpRequest|WebSocket|import\b|@import|url\(", page + script)
-    assert set(re.findall(r"https?://[^\s\"<)]*", page + script)) == {
-        "https://arxiv.org/abs/1211.5063"
-    }
+    assert re.findall(r'(?:src|<link[^>]*href)="([^"]*)"', page) == ["data:,", *scripts]
+    assert not re.search(r"fetch\(|XMLHttpRequest|WebSocket|import\b|@import|url\(", texts)
+    assert set(re.findall(r"https?://[^\s\"<)]*", texts)) == {"https://arxiv.org/abs/1211.5063"}
+    assert '<a href="../index.html">' in page  # back to the site
