@@ -6,7 +6,6 @@ the suite does that.
 """
 
 import importlib
-import importlib.util
 import os
 import shutil
 import sys
@@ -29,9 +28,9 @@ exclude_patterns = [".*", "build", "dist", "runs", "demo", "docs/playground"]
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx_copybutton",
     "docstrings",  # docs/docstrings.py
+    "equations",  # docs/equations.py
 ]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
@@ -46,13 +45,6 @@ autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 toc_object_entries_show_parents = "hide"
 nitpick_ignore = [("py:exc", name) for name in ("ImportError", "RuntimeError", "ValueError")]
-
-MATHJAX = "sphinx-mathjax-offline"  # a package that holds MathJax 3 as it is
-mathjax_path = "mathjax/tex-svg.js"
-mathjax3_config = {
-    "loader": {"load": ["[tex]/textmacros"]},  # `\_` in `\text{}`
-    "tex": {"packages": {"[+]": ["textmacros"]}},
-}
 
 html_theme = "furo"
 html_title = project
@@ -77,17 +69,10 @@ FRONT = """<!doctype html>
 
 
 def finish(app: Sphinx, error: Exception | None) -> None:
-    """Add what Sphinx does not make: MathJax, the playground as it is, and a front door."""
+    """Add what Sphinx does not make: the playground and a front door."""
     if error or app.builder.format != "html":
         return
-    spec = importlib.util.find_spec(MATHJAX)
-    assert spec
-    assert spec.origin
-    source, out = Path(spec.origin).parent / "static" / "mathjax", Path(app.outdir)
-    for name in ("tex-svg.js", "input/tex/extensions/textmacros.js"):
-        target = out / "_static" / "mathjax" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target)
+    out = Path(app.outdir)
     playground = ROOT / "docs" / "playground"
     if playground.exists():
         shutil.copytree(playground, out / "docs" / "playground", dirs_exist_ok=True)
