@@ -6,9 +6,12 @@ the suite does that.
 """
 
 import importlib
+import inspect
 import os
 import shutil
 import sys
+import tomllib
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 project = "gradclip_jax"
 copyright = "the authors of gradclip_jax, Apache-2.0"
-version = release = importlib.import_module(project).__version__
+pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+version = release = pyproject["version"]
+repository = pyproject["urls"]["Repository"]
 
 root_doc = "docs/index"
-include_patterns = ["docs/*.md", "docs/api/*.md", "notebooks/*.ipynb", "benchmarks/results/*.md"]
+include_patterns = ["docs/*.md", "docs/api/**", "notebooks/*.ipynb", "benchmarks/results/*.md"]
 exclude_patterns = [".*", "build", "dist", "runs", "demo", "docs/playground"]
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.linkcode",
     "sphinx_copybutton",
     "docstrings",  # docs/docstrings.py
     "equations",  # docs/equations.py
@@ -57,6 +63,18 @@ html_theme_options = {
 }
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+
+
+def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
+    """The lines of a function or class in the repository."""
+    module = importlib.import_module(info["module"])
+    found = inspect.unwrap(attrgetter(info["fullname"])(module))
+    if not inspect.isroutine(found) and not inspect.isclass(found):
+        return None
+    file = Path(inspect.getfile(found)).relative_to(ROOT).as_posix()
+    lines, first = inspect.getsourcelines(found)
+    return f"{repository}/blob/main/{file}#L{first}-L{first + len(lines) - 1}"
+
 
 FRONT = """<!doctype html>
 <html lang="en">

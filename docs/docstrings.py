@@ -7,6 +7,7 @@ Markdown, equations between `$$`, tables with `|`. Sphinx reads reStructuredText
 import inspect
 import re
 import textwrap
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -19,8 +20,9 @@ SECTION = re.compile(r"^(Args|Returns|Raises|Attributes):$")
 FIELD = re.compile(r"^  (?! )([^:]+): *(.*)$")
 MATH = re.compile(r"^( *)\$\$(.*?)\$\$ *$", re.MULTILINE | re.DOTALL)
 TABLE = re.compile(r"^( *)\|.*\n\1\|[ :|-]+\n(?:\1\|.*\n?)+", re.MULTILINE)
-STRATEGIES = "docs/api/strategies"
-ROWS = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
+API = Path(__file__).parent / "api"
+PAGES = ("strategies", "guards")
+ROW = re.compile(r"^\| `(\w+)`", re.MULTILINE)
 CALL = re.compile(r"^(?:gradclip_jax\.)?(\w+(?:\.\w+)?)(?:\(.*\))?$", re.DOTALL)
 
 
@@ -106,16 +108,30 @@ def table(text: str, indent: str) -> str:
     return "\n".join(f"{indent}{line}".rstrip() for line in lines) + "\n"
 
 
-def add_entries(app: Any, docname: str, source: list[str]) -> None:
-    """For `source-read`: below each table of strategies, the docstring of each of its rows."""
+def rows(page: str) -> list[str]:
+    """The strategies or guards of a page: the names that begin the rows of its tables."""
+    return ROW.findall((API / f"{page}.md").read_text(encoding="utf-8"))
 
-    def with_entries(found: re.Match[str]) -> str:
-        names = re.findall(r"^\| `(\w+)`", found[0], flags=re.MULTILINE)
-        entries = "\n\n".join(f".. autofunction:: gradclip_jax.{name}" for name in names)
-        return f"{found[0]}\n```{{eval-rst}}\n{entries}\n```\n" if names else found[0]
 
-    if docname == STRATEGIES:
-        source[0] = ROWS.sub(with_entries, source[0])
+def write_pages(app: Any) -> None:
+    """For `builder-inited`: a page for each strategy and guard, from its docstring."""
+    for page in PAGES:
+        (API / page).mkdir(exist_ok=True)
+        new = {API / page / f"{name}.rst": name for name in rows(page)}
+        for file in set((API / page).iterdir()) - set(new):
+            file.unlink()
+        for file, name in new.items():
+            text = f"{name}\n{'=' * len(name)}\n\n.. autofunction:: gradclip_jax.{name}\n"
+            if not file.exists() or file.read_text(encoding="utf-8") != text:
+                file.write_text(text, encoding="utf-8")
+
+
+def list_pages(app: Any, docname: str, source: list[str]) -> None:
+    """For `source-read`: these pages in the navigation, below that of their table."""
+    page = docname.removeprefix("docs/api/")
+    if page in PAGES:
+        entries = "\n".join(f"{page}/{name}" for name in rows(page))
+        source[0] += f"\n```{{toctree}}\n:hidden:\n\n{entries}\n```\n"
 
 
 class LinkPublicNames(SphinxPostTransform):
@@ -165,6 +181,7 @@ def inside(node: nodes.Node) -> bool:
 def setup(app: Any) -> dict[str, bool]:
     """Make this module an extension."""
     app.connect("autodoc-process-docstring", process)
-    app.connect("source-read", add_entries)
+    app.connect("builder-inited", write_pages)
+    app.connect("source-read", list_pages)
     app.add_post_transform(LinkPublicNames)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -168,6 +168,17 @@ def test_every_strategy_limit_response_and_norm_has_its_equation_in_a_table():
     assert shown <= PUBLIC
 
 
+def test_every_strategy_has_a_page_of_its_own_with_its_source(site, built):
+    """Pages are made of the tables that the test above compares with the registry."""
+    api = built / "html" / "docs" / "api"
+    for name in {*public_strategies(), "clip_cotangent"}:
+        files = [api / folder / f"{name}.html" for folder in ("strategies", "guards")]
+        (page,) = [site[file] for file in files if file in site]
+        assert f"gradclip_jax.{name}" in page.anchors, name
+        source = r"/blob/main/gradclip_jax/\w+(/\w+)?\.py#L\d+-L\d+$"
+        assert any(re.search(source, link) for link in page.links)
+
+
 def test_notebooks_benchmarks_and_examples_are_on_the_site(site, built):
     for folder, suffix in (("notebooks", ".ipynb"), ("benchmarks/results", ".md")):
         for source in (ROOT / folder).glob(f"*{suffix}"):
