@@ -52,6 +52,17 @@ autodoc_member_order = "bysource"
 toc_object_entries_show_parents = "hide"
 nitpick_ignore = [("py:exc", name) for name in ("ImportError", "RuntimeError", "ValueError")]
 
+# What readers search for by another name than that of the page: first among the results.
+SEARCHED = {
+    "docs/api/guards": ["NaN"],
+    "docs/api/per_example": ["DP-SGD"],
+    "docs/api/strategies/adaptive_grad_clip": ["AGC", "adaptive gradient clipping"],
+    "docs/api/strategies/clip_by_global_norm": ["gradient clipping by norm"],
+    "docs/coming_from": ["max_grad_norm"],
+    "docs/many_devices": ["FSDP"],
+    "docs/per_example": ["DP-SGD"],
+}
+
 html_theme = "furo"
 html_title = project
 html_static_path = ["_static"]
@@ -76,6 +87,15 @@ def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
     return f"{repository}/blob/main/{file}#L{first}-L{first + len(lines) - 1}"
 
 
+def index(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Enter in the index what a page is searched for; the search puts main entries first."""
+    if docname in SEARCHED:
+        entries = ".. index::\n" + "".join(f"   ! {term}\n" for term in SEARCHED[docname])
+        if app.env.doc2path(docname).suffix == ".md":
+            entries = f"```{{eval-rst}}\n{entries}```\n"
+        source[0] = f"{entries}\n{source[0]}"
+
+
 FRONT = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -98,5 +118,6 @@ def finish(app: Sphinx, error: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Add the hook to the build."""
+    """Add the hooks to the build."""
+    app.connect("source-read", index)
     app.connect("build-finished", finish)
