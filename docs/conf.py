@@ -25,7 +25,7 @@ project = "gradclip_jax"
 copyright = "the authors of gradclip_jax, Apache-2.0"
 pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 version = release = pyproject["version"]
-repository = pyproject["urls"]["Repository"]
+repository, here = (pyproject["urls"][name] for name in ("Repository", "Documentation"))
 
 root_doc = "docs/index"
 include_patterns = ["docs/*.md", "docs/api/**", "notebooks/*.ipynb", "benchmarks/results/*.md"]
@@ -39,7 +39,11 @@ extensions = [
     "equations",  # docs/equations.py
 ]
 
-myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath", "substitution"]
+myst_substitutions = {
+    "links": f"Version {version} · "
+    + " · ".join(f"[{name}]({url})" for name, url in pyproject["urls"].items() if url != here)
+}
 myst_heading_anchors = 4
 nb_execution_mode = "off"
 nb_ipywidgets_js: dict[str, Any] = {}
@@ -67,6 +71,7 @@ html_theme = "furo"
 html_title = project
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_logo = html_favicon = "_static/logo.svg"
 html_copy_source = False
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#0072b2", "color-brand-content": "#0072b2"},

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -145,6 +146,16 @@ def test_every_strategy_has_a_page_of_its_own_with_its_source(site, built):
         assert f"gradclip_jax.{name}" in page.anchors, name
         source = r"/blob/main/gradclip_jax/\w+(/\w+)?\.py#L\d+-L\d+$"
         assert any(re.search(source, link) for link in page.links)
+
+
+def test_the_first_page_says_how_to_install_which_version_and_where_the_code_is(site, built):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    home = site[built / "html" / "docs" / "index.html"]
+    assert f"pip install git+{project['urls']['Repository']}" in home.text
+    assert f"Version {project['version']}" in home.text
+    assert set(project["urls"].values()) - {project["urls"]["Documentation"]} <= set(home.links)
+    pictures = [load for load in home.loads if load.endswith(".png")]
+    assert len(pictures) == len(set(pictures)) >= 10
 
 
 def test_notebooks_benchmarks_and_examples_are_on_the_site(site, built):
