@@ -14,15 +14,22 @@ from .suggest import suggest_max_norm
 from .summary import last_given
 
 STYLE = """
+:root { color-scheme: light dark; --text: #222; --page: #fff; --line: #ddd; --code: #f6f6f6;
+        --bad: #fdf3f3; --good: #f3fbf3 }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em;
-       color: #222; background: #fff }
+       color: var(--text); background: var(--page) }
 h1, h2 { font-weight: 600 } h2 { margin-top: 2em }
-table { border-collapse: collapse } td, th { padding: .25em .8em; border-bottom: 1px solid #ddd;
-        text-align: right } td:first-child, th:first-child { text-align: left }
-svg { max-width: 100%; height: auto }
-.alert { border-left: 4px solid #d62728; padding: .3em 1em; margin: .8em 0; background: #fdf3f3 }
-.calm { border-left: 4px solid #2ca02c; padding: .3em 1em; background: #f3fbf3 }
-pre { overflow-x: auto; background: #f6f6f6; padding: 1em }
+table { border-collapse: collapse } td, th { padding: .25em .8em; text-align: right;
+        border-bottom: 1px solid var(--line) } td:first-child, th:first-child { text-align: left }
+figure { margin: 0; overflow-x: auto } svg { max-width: 100%; min-width: 34em; height: auto }
+.alert { border-left: 4px solid #d62728; padding: .3em 1em; margin: .8em 0; background: var(--bad) }
+.calm { border-left: 4px solid #2ca02c; padding: .3em 1em; background: var(--good) }
+pre { overflow-x: auto; background: var(--code); padding: 1em }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #ddd; --page: #131313; --line: #444; --code: #222;
+          --bad: #331d1d; --good: #1b2b1d }
+  svg { filter: invert(.925) hue-rotate(180deg) }  /* plots are black on white */
+}
 """
 
 
@@ -58,6 +65,7 @@ def _page(
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
         f"<title>Gradient clipping</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
@@ -88,7 +96,8 @@ def _svg(figure: Any, title: str) -> str:
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     drawing = text.getvalue()
     drawing = drawing[drawing.index("<svg") :]
-    return drawing.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
+    drawing = drawing.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
+    return f"<figure>{drawing}</figure>"
 
 
 def _last_limit(history: Mapping[str, np.ndarray]) -> list[float]:

@@ -94,6 +94,8 @@ def test_the_page_holds_everything_itself(monitor, tmp_path):
     links = re.findall(r'(?:href|src)="(?!#|data:)([^"]*)"', text)
     assert links == []
     assert "nonfinite" in text
+    assert '<meta name="viewport" content="width=device-width' in text  # else a phone shrinks it
+    assert "prefers-color-scheme: dark" in text
 
 
 @plots
