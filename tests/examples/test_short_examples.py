@@ -1,0 +1,72 @@
+"""The short examples: each runs, fits on a few screens, needs no other file, and is right."""
+
+import ast
+import runpy
+import sys
+from pathlib import Path
+
+import char_rnn
+import linen_rnn
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import quickstart
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+WITH_PICTURE = [
+    *("char_rnn", "linen_rnn", "agc_resnet", "dp_sgd", "fsdp_transformer"),
+    *("monitoring", "rollback"),
+]
+SHORT = [name for name in ["quickstart", *WITH_PICTURE] if (EXAMPLES / f"{name}.py").exists()]
+every_example = pytest.mark.parametrize("name", SHORT)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch, standard_promotion):
+    monkeypatch.chdir(tmp_path)
+    yield
+    plt.close("all")
+
+
+@every_example
+def test_it_runs_and_ends_with_a_sentence(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--steps", "3"])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert capsys.readouterr().out.rstrip().endswith(".")
+    assert (tmp_path / f"{name}.png").exists() == (name in WITH_PICTURE)
+
+
+@every_example
+def test_it_is_short_and_says_how_to_run_it(name):
+    text = (EXAMPLES / f"{name}.py").read_text()
+    assert len(text.splitlines()) <= (60 if name == "quickstart" else 150)
+    first, *rest = (ast.get_docstring(ast.parse(text)) or "").splitlines()
+    assert first.endswith(".")
+    assert next(line.strip() for line in rest if line) == f"python examples/{name}.py"
+
+
+@every_example
+def test_it_imports_nothing_from_the_repository_but_the_package(name):
+    ours = {path.stem for path in [*EXAMPLES.glob("*.py"), *EXAMPLES.iterdir()]}
+    imported = set()
+    for node in ast.walk(ast.parse((EXAMPLES / f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add((node.module or "").split(".")[0])
+    assert "gradclip_jax" in imported
+    assert not imported & ours
+
+
+def test_the_quickstart_fits_its_line_and_clips_only_at_the_start(capsys):
+    assert quickstart.main() < 0.01
+    first, *_, last, _ = capsys.readouterr().out.splitlines()
+    assert first.endswith("clipped 1 times")
+    assert 1 < int(last.split()[-2]) < quickstart.STEPS / 2
+
+
+@pytest.mark.parametrize("example", [char_rnn, linen_rnn])
+def test_the_lstm_trains_with_the_clip_and_is_worse_than_chance_without(example):
+    clipped, unclipped = example.main(30)
+    assert clipped < np.log2(len(example.VOCABULARY)) < unclipped / 2
