@@ -8,6 +8,7 @@ from pathlib import Path
 import char_rnn
 import linen_rnn
 import matplotlib.pyplot as plt
+import monitoring
 import numpy as np
 import pytest
 import quickstart
@@ -70,3 +71,13 @@ def test_the_quickstart_fits_its_line_and_clips_only_at_the_start(capsys):
 def test_the_lstm_trains_with_the_clip_and_is_worse_than_chance_without(example):
     clipped, unclipped = example.main(30)
     assert clipped < np.log2(len(example.VOCABULARY)) < unclipped / 2
+
+
+def test_the_monitor_finds_both_faults_and_its_limit_trains_better(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(monitoring, "NAN_BATCH", 220)
+    too_low, suggested = monitoring.main(250)
+    assert suggested < too_low / 2
+    faulty, cured = capsys.readouterr().out.split("max_norm=")
+    assert faulty.count("[limit_too_low]") == faulty.count("[nonfinite]") == 1
+    assert "[limit_too_low]" not in cured
+    assert "NaN or infinite at step 220" in (tmp_path / "monitoring.html").read_text()
