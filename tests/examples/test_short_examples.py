@@ -6,12 +6,16 @@ import sys
 from pathlib import Path
 
 import char_rnn
+import jax
 import linen_rnn
 import matplotlib.pyplot as plt
 import monitoring
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import quickstart
+import rollback
+from flax import nnx
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WITH_PICTURE = [
@@ -81,3 +85,36 @@ def test_the_monitor_finds_both_faults_and_its_limit_trains_better(monkeypatch, 
     assert faulty.count("[limit_too_low]") == faulty.count("[nonfinite]") == 1
     assert "[limit_too_low]" not in cured
     assert "NaN or infinite at step 220" in (tmp_path / "monitoring.html").read_text()
+
+
+def test_the_run_that_is_rolled_back_recovers_and_the_other_does_not(monkeypatch, capsys):
+    monkeypatch.setattr(rollback, "BROKEN", range(105, 145))
+    monkeypatch.setattr(rollback, "SKIP", 100)
+    alone, rolled_back = rollback.main(300)
+    assert rolled_back < 0.2 < 1.0 < alone  # a constant, the mean of the targets, has 1.3
+    told = capsys.readouterr().out
+    assert told.count("restored") == 1
+    assert "restored batch 100, skip to 200, learning rate 0.05" in told
+
+
+def test_a_rollback_restores_parameters_momentum_clip_and_position(tmp_path):
+    model, optimizer = rollback.new_model()
+    saved = {}
+    with ocp.CheckpointManager(tmp_path) as manager:
+        for position in range(6):
+            if position in (2, 4):
+                state = nnx.state((model, optimizer))
+                saved[position] = jax.tree.map(np.array, state)
+                manager.save(position, args=ocp.args.StandardSave(state))
+            rollback.train_step(model, optimizer, *rollback.batch_at(position))
+        going_on = rollback.roll_back(manager, 3, model, optimizer)
+        assert list(manager.all_steps()) == [2]  # that of batch 4 came after the spike
+    assert going_on == 2 + rollback.SKIP
+    rate = optimizer.opt_state[1].hyperparams["learning_rate"]
+    assert rate[...] == np.float32(rollback.LEARNING_RATE * rollback.LOWER)
+    rate[...] = np.float32(rollback.LEARNING_RATE)
+    restored = jax.tree.leaves(nnx.state((model, optimizer)))
+    before, after = (jax.tree.leaves(saved[position]) for position in (2, 4))
+    for leaf, expected in zip(restored, before, strict=True):
+        np.testing.assert_array_equal(leaf, expected)
+    assert sum(np.any(a != b) for a, b in zip(before, after, strict=True)) > 6
