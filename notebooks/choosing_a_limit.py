@@ -260,7 +260,7 @@ def draw_training(max_norm, learning_rate):
 
 _ = interact(
     draw_training,
-    max_norm=FloatLogSlider(value=2.2, min=-3, max=3, step=0.1),
+    max_norm=FloatLogSlider(value=2.2, min=-2, max=2.5, step=0.1),
     learning_rate=FloatLogSlider(value=0.3, min=-3, max=0, step=0.1),
 )
 

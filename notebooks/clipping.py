@@ -81,11 +81,15 @@ def gradient_norms(radius, nonlinearity, limit):
 def draw_gradient_norms(rho, length, limit, nonlinearity):
     _, axes = plt.subplots(figsize=(6.5, 3.4))
     norms = gradient_norms(rho, nonlinearity, limit)
-    names = ("no clip", "clip_by_global_norm", "clip_cotangent")
-    for name, color, line in zip(names, ("C3", "C0", "C2"), norms, strict=True):
+    styles = (
+        ("no clip", "C3", 9),
+        ("clip_by_global_norm", "C0", -17),
+        ("clip_cotangent", "C2", -4),
+    )
+    for (name, color, shift), line in zip(styles, norms, strict=True):
         axes.semilogy(np.arange(1, length + 1), line[:length], color=color, lw=2)
-        place = {"clip_by_global_norm": "top", "clip_cotangent": "bottom"}.get(name, "center")
-        axes.text(1.01 * length, line[length - 1], name, color=color, va=place)
+        end = length, float(line[length - 1])
+        axes.annotate(name, end, (4, shift), textcoords="offset points", color=color)
     axes.axhline(limit, color="C5", lw=1, zorder=0)
     axes.set(xlabel="length T of the sequence", ylabel="norm of ∂E/∂W", xlim=(1, length))
     axes.set_title(f"{nonlinearity}, spectral radius ρ = {rho:.1f}, limit τ = {limit:.3g}")
@@ -166,9 +170,9 @@ landed = [cost(point) for point in (WALL, *landings.values())]
 np.testing.assert_allclose(landed, [0.14960413, 0.09, 0.02586525, 0.01215804], atol=5e-9)
 
 # %% [markdown]
-# The two points are 0.6 apart, and their norms differ by a factor of 100,000. From the wall a step
-# with learning rate 0.1 goes 677 far without a clip, and 0.1 with the limit 1, in the same
-# direction.
+# The wall and the valley are 0.6 apart, and their norms differ by a factor of 100,000. From the
+# wall a step with learning rate 0.1 goes 677 far without a clip, and 0.1 with the limit 1, in the
+# same direction.
 
 # %%
 DISTANCES = np.geomspace(1e-7, 1e3, 401)
@@ -178,11 +182,11 @@ def draw_step(limit):
     along = np.asarray(WALL) - DISTANCES[:, None] * GRAD / NORM
     _, axes = plt.subplots(figsize=(6.5, 3.2))
     axes.semilogx(DISTANCES, costs(along), color="C5", lw=1.5)
-    ends = (("no clip", 0.1 * NORM, "C3"), (f"limit {limit:.3g}", 0.1 * min(limit, NORM), "C0"))
-    for name, distance, color in ends:
+    limited = f"limit {limit:.3g}  ", 0.1 * min(limit, NORM), "C0", "right"
+    for name, distance, color, side in (("  no clip", 0.1 * NORM, "C3", "left"), limited):
         height = float(cost(WALL - distance * GRAD / NORM))
         axes.plot(distance, height, "o", ms=9, color=color)
-        axes.text(0.8 * distance, height + 0.006, name, color=color, ha="right")
+        axes.text(distance, height + 0.004, name, color=color, ha=side)
     axes.set(xlabel="distance from the wall along the step", ylabel="cost", ylim=(0, 0.16))
 
 
@@ -222,11 +226,12 @@ def draw_descent(limit):
     heights = costs(jnp.stack([w.ravel(), b.ravel()], 1)).reshape(w.shape)
     extent = (4.2, 5.4, -2.9, -1.7)
     terrain.imshow(heights, extent=extent, origin="lower", cmap="Greys", alpha=0.5, aspect="auto")
-    for value, color, name in ((jnp.inf, "C3", "no clip"), (limit, "C0", f"limit {limit:.3g}")):
+    limited = limit, "C0", f"limit {limit:.3g}", "top"
+    for value, color, name, side in ((jnp.inf, "C3", "no clip", "bottom"), limited):
         points, values, _ = (np.asarray(part)[0] for part in descend(START[None], value, 400))
         terrain.plot(*points.T, ".-", color=color, lw=1, ms=3)
         curve.semilogy(values, color=color, lw=1)
-        curve.text(405, values[-1], name, color=color, va="center")
+        curve.text(405, values[-1], name, color=color, va=side)
     terrain.plot(*START, "o", color="C1")
     terrain.text(5.02, -2.37, "start", color="C1")
     terrain.set(xlim=(4.2, 5.4), ylim=(-2.9, -1.7), xlabel="w", ylabel="b")

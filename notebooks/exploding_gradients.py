@@ -159,17 +159,12 @@ def powers(radius, coupling):
 
 
 def draw_powers(rho, coupling):
-    norms, lengths = powers(rho, coupling), np.arange(81)
+    norms = powers(rho, coupling)
     _, axes = plt.subplots(figsize=(6, 3))
-    axes.semilogy(lengths, norms, color="C0", lw=2)
-    axes.semilogy(lengths, rho**lengths, color="C1", lw=2)
+    draw_lines(axes, [("norm of $W^l$", "C0", norms), ("$\\rho^l$", "C1", rho ** np.arange(81))])
     axes.axhline(1, color="C5", lw=1, zorder=0)
-    axes.text(81, norms[-1], "norm of $W^l$", color="C0", va="bottom")
-    axes.text(81, rho**80.0, "$\\rho^l$", color="C1", va="top")
-    peak = int(norms.argmax())
-    axes.plot(peak, norms[peak], "o", color="C0")
-    axes.text(peak + 1, 1.2 * norms[peak], f"{norms[peak]:.3g} at l = {peak}", color="C0")
-    axes.set(xlabel="power l", xlim=(0, 80), ylim=(1e-4, max(30, 3 * norms[peak])))
+    axes.set(xlabel="power l", xlim=(0, 80))
+    axes.set_title(f"ρ = {rho:.2f}: largest norm {norms.max():.3g} at l = {norms.argmax()}")
 
 
 _ = interact(

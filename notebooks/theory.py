@@ -255,12 +255,13 @@ def draw_tails(scale):
     _, axes = plt.subplots(figsize=(6.5, 3.4))
     k = np.arange(1, STEPS + 1)
     shown = np.unique(np.geomspace(1, STEPS, 400).astype(int)) - 1
-    for name, factor, color in (("no clip", np.inf, "C3"), ("clipped", scale, "C0")):
+    runs = (("no clip", np.inf, "C3", "bottom"), ("clipped", scale, "C0", "top"))
+    for name, factor, color, side in runs:
         squares = np.asarray(under_heavy_tails(NOISE, factor)).mean(axis=1)
         axes.loglog(k[shown], squares[shown], color=color, lw=1.5)
-        axes.text(1.1 * STEPS, squares[-1], name, color=color, va="center")
+        axes.text(1.1 * STEPS, squares[-1], name, color=color, va=side)
     axes.loglog(k, k ** (-2 / 3), color="C5", lw=1, ls="--")
-    axes.text(1.1 * STEPS, STEPS ** (-2 / 3), "$k^{-2/3}$", color="C5", va="top")
+    axes.text(1, 0.4, "$k^{-2/3}$", color="C5", va="top")
     axes.set(xlabel="step k", ylabel=f"x², mean of {RUNS} runs", title=f"limit {scale:.2g} k^(2/3)")
 
 
