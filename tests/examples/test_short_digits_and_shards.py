@@ -5,11 +5,13 @@ from pathlib import Path
 
 import agc_resnet
 import dp_sgd
+import fsdp_transformer
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import make_mesh
 from flax import nnx
 
 
@@ -88,3 +90,24 @@ def test_one_image_moves_the_weights_of_a_private_step_by_at_most_the_limit(digi
     most = 2 * dp_sgd.LEARNING_RATE * dp_sgd.MAX_NORM / dp_sgd.BATCH
     assert distance > 0
     assert (distance <= most * 1.001) == (max_norm == dp_sgd.MAX_NORM)
+
+
+# FSDP
+
+
+def test_the_norms_of_the_sharded_transformer_are_those_of_one_device(capsys):
+    assert fsdp_transformer.main(steps=3) < 1e-5
+    assert "on 8 devices; the norms differ" in last_line(capsys)
+    assert Path("fsdp_transformer.png").stat().st_size > 10_000
+
+
+def test_every_device_has_an_eighth_of_a_sharded_matrix_and_of_its_moments():
+    model = fsdp_transformer.Transformer(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adamw(1e-3), wrt=nnx.Param)
+    for module in (model, optimizer):
+        fsdp_transformer.shard(module, make_mesh(data=8))
+        whole = [leaf for leaf in jax.tree.leaves(nnx.state(module)) if leaf.ndim > 1]
+        assert len(whole) >= 14
+        for leaf in whole:
+            shard = leaf.addressable_shards[0].data
+            assert shard.size == leaf.size / (8 if any(n % 8 == 0 for n in leaf.shape) else 1)
