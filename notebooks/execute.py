@@ -42,6 +42,7 @@ import ipywidgets
 import matplotlib.pyplot
 
 def interact(draw, **widgets):
+    ipywidgets.interactive(draw, **widgets)  # refuses what a server would
     pictures.append((draw, widgets))
     draw(**{name: widget.value for name, widget in widgets.items()})
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from ipywidgets import Dropdown, FloatSlider, IntSlider, interact
+from ipywidgets import Dropdown, FloatSlider, IntSlider, fixed, interact
 
 plt.style.use("figures.mplstyle")  # the colors C0 to C5 are blue, orange, green, red, purple, gray
 
@@ -137,6 +137,7 @@ _ = interact(
     draw_products,
     nonlinearity=Dropdown(options=list(NONLINEARITIES), value="relu"),
     length=IntSlider(50, min=10, max=LONGEST),
+    axes=fixed(None),
 )
 
 # %% [markdown]
@@ -263,4 +264,5 @@ _ = interact(
     draw_cells,
     rho=FloatSlider(8, min=0.5, max=10, step=0.5),
     forget_bias=FloatSlider(3, min=-1, max=4, step=0.5),
+    axes=fixed(None),
 )

@@ -17,7 +17,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from ipywidgets import Dropdown, interact
+from ipywidgets import Dropdown, fixed, interact
 from matplotlib.colors import LogNorm
 
 import gradclip_jax as gc
@@ -146,7 +146,11 @@ def draw_strategy(name, axes=None):
         axes.text(453, 4, "/ 10", color="C2", size=9)
 
 
-_ = interact(draw_strategy, name=Dropdown(options=list(CLIPS), value="clip_by_global_norm"))
+_ = interact(
+    draw_strategy,
+    name=Dropdown(options=list(CLIPS), value="clip_by_global_norm"),
+    axes=fixed(None),
+)
 
 # %% [markdown]
 # A constant limit knows nothing of the level: after the fall at 450 a spike of ten times the new

@@ -89,7 +89,7 @@ MOVABLE = """\
 import warnings
 from ipywidgets import FloatSlider, interact
 
-def draw(x=1.0):
+def draw(x, {more}):
     {body}
 
 # %%
@@ -98,16 +98,17 @@ _ = interact(draw, x=FloatSlider(1, min=0, max=2))
 
 
 @pytest.mark.parametrize(
-    ("body", "error", "message"),
+    ("more", "body", "error", "message"),
     [
-        ("1 / x", CellExecutionError, "ZeroDivisionError"),
-        ("x or warnings.warn('too far left')", RuntimeError, "moving a slider warns.*too far left"),
+        ("", "1 / x", CellExecutionError, "ZeroDivisionError"),
+        ("", "x or warnings.warn('too low')", RuntimeError, "moving a slider warns.*too low"),
+        ("axes=None", "pass", CellExecutionError, "cannot be transformed to a widget"),
     ],
-    ids=["error", "warning"],
+    ids=["error", "warning", "an argument without a widget"],
 )
-def test_a_picture_that_fails_at_the_end_of_a_slider_fails_the_run(tmp_path, body, error, message):
+def test_a_picture_that_fails_with_sliders_fails_the_run(tmp_path, more, body, error, message):
     source = tmp_path / "movable.py"
-    source.write_text(MOVABLE.format(body=body))
+    source.write_text(MOVABLE.format(body=body, more=more))
     with pytest.raises(error, match=f"(?s){message}"):
         execute.execute(source)
 
