@@ -135,7 +135,7 @@
       const highest = Math.max(...logits);
       const sum = logits.reduce((total, logit) => total + Math.exp(logit - highest), 0);
       loss += (highest + Math.log(sum) - logits[classes[k]]) / count;
-      errors += logits[classes[k]] < highest ? 1 : 0;
+      errors += logits[classes[k]] >= highest ? 0 : 1; // NaN is an error
       for (let c = 0; c < CLASSES; c++) {
         const slope = (Math.exp(logits[c] - highest) / sum - (c === classes[k])) / count;
         of.outputBias[c] += slope;
