@@ -70,9 +70,7 @@ def roll_back(manager: ocp.CheckpointManager, since: int, model: MLP, optimizer:
     good = max(saved for saved in manager.all_steps() if saved <= since)
     for saved in manager.all_steps():
         if saved > good:
-            manager.delete(
-                saved
-            )  # written between spike and alert: a later rollback must not take it
+            manager.delete(saved)  # it is from after the spike: a later rollback must not take it
     state = nnx.state((model, optimizer))  # for shapes and dtypes: parameters, momentum, clip
     nnx.update((model, optimizer), manager.restore(good, args=ocp.args.StandardRestore(state)))
     rate = optimizer.opt_state[1].hyperparams["learning_rate"]
@@ -105,7 +103,8 @@ def train(steps: int, rollback: bool) -> np.ndarray:
                     print(f"  batch {alert.step}: {alert.kind}. {alert.message}")
                 if bad and rollback:
                     since = min(alert.since for alert in bad)
-                    position = roll_back(manager, since, model, optimizer)
+                    resume = roll_back(manager, since, model, optimizer)
+                    position = max(position, resume)  # where growth was slow, `since` is long ago
     return np.array([float(losses.get(batch, np.nan)) for batch in range(steps)])
 
 
