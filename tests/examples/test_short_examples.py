@@ -61,6 +61,13 @@ def test_it_imports_nothing_from_the_repository_but_the_package(name):
     assert not imported & ours
 
 
+@every_example
+def test_the_page_of_examples_has_a_row_with_its_length(name):
+    page = (EXAMPLES.parent / "docs" / "examples.md").read_text()
+    lines = len((EXAMPLES / f"{name}.py").read_text().splitlines())
+    assert f"\n| `{name}.py` | {lines} | " in page
+
+
 def test_the_quickstart_fits_its_line_and_clips_only_at_the_start(capsys):
     assert quickstart.main() < 0.01
     first, *_, last, _ = capsys.readouterr().out.splitlines()
