@@ -10,7 +10,7 @@ ARGS   ?=
 # Each test worker runs eight CPU devices: more workers than cores only wait for each other.
 WORKERS ?= 2
 
-DEMO = examples/language_model/train.py --compare --out demo
+DEMO = examples/language_model/train.py --preset demo --out demo
 
 # The environments of the compilers of TPU and GPU.
 TPU = .venv-tpu

@@ -21,7 +21,7 @@ from harness import Spread
 
 import gradclip_jax
 from examples.language_model.model import LanguageModel, train_step
-from examples.language_model.train import PRESETS
+from examples.language_model.presets import PRESETS
 
 VOCABULARY = 10_000
 STEPS = 5

@@ -52,11 +52,29 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Shows the docstring as it is, and the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = "%(default)" in (action.help or "") or "default" in (action.help or "")
+        silent = action.default is False or action.default in (None, [], argparse.SUPPRESS)
+        if told or silent:
+            return action.help
+        return f"{action.help} (default: %(default)s)".lstrip()
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if action.help is None:  # argparse asks for the string above only where there is a help
+            action.help = ""
+        if action.help == "" and action.option_strings:
+            action.help = "(default: %(default)s)"
+        super().add_argument(action)
+
+
 def command_line(doc: str | None, out: str) -> Parser:
     """A parser that shows the docstring of the example and has the options of every run."""
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=f"{out}.py", description=doc, formatter_class=Help)
     add = parser.add_argument
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the weights and of all that is drawn")
     add("--out", type=Path, default=Path("runs", out), help="directory of the run")
     return parser
 
@@ -70,21 +88,20 @@ def check_number(name: str, value: float | None, low: float, high: float = math.
 
 def run(
     parser: argparse.ArgumentParser,
-    main: Callable[[argparse.Namespace], None],
+    main: Callable[[argparse.Namespace], int | None],
     argv: list[str] | None = None,
 ) -> int:
-    """The exit status of `main`: 0, 2 for bad input, 130 for Ctrl-C."""
+    """The exit status of `main`: its own or 0, 2 for bad input, 130 for Ctrl-C."""
     args = parser.parse_args(argv)
     try:
         if args.out.exists() and not args.out.is_dir():
             raise InputError(f"`--out` must be a directory, got the file {args.out}.")
         check_number("seed", args.seed, 0)
         with writing(args.out):
-            main(args)
+            return main(args) or 0
     except InputError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         console.print(f"Stopped. The same command continues from the last checkpoint in {args.out}")
         return 130
-    return 0

@@ -38,6 +38,7 @@ from examples.language_model.command_line import check_number, command_line, con
 from examples.language_model.loop import train
 from examples.language_model.recurrent import CELLS, Recurrent, uniform
 from examples.language_model.results import save_results, stopwatch
+from examples.language_model.scalars import advice
 
 QUANTILES = np.array([0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95])
 MEDIAN = 3
@@ -333,7 +334,7 @@ def compare(args: argparse.Namespace) -> None:
     settings |= seconds()
     packages = ("jax", "flax", "optax", "statsmodels", "pandas", "numpy")
     save_results(args.out, map(make_table, comparisons), settings, packages)
-    console.print(f"Plot: {picture}\nScalars: tensorboard --logdir {args.out}")
+    console.print(f"Plot: {picture}{advice(args.out)}")
 
 
 def make_table(comparison: Comparison) -> Table:

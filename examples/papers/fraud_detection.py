@@ -49,6 +49,7 @@ from examples.language_model.loop import train
 from examples.language_model.model import measured_by_clip
 from examples.language_model.recurrent import CELLS, Recurrent, uniform
 from examples.language_model.results import save_results, stopwatch
+from examples.language_model.scalars import advice
 
 CONFIG = Path(__file__).with_suffix(".json")
 OPTIMIZERS = {"adam": optax.adam, "adamw": optax.adamw, "rmsprop": optax.rmsprop, "sgd": optax.sgd}
@@ -359,7 +360,7 @@ def detect(args: argparse.Namespace) -> None:
     settings |= seconds()
     packages = ("jax", "flax", "optax", "scikit-learn", "numpy")
     save_results(args.out, make_tables(results), settings, packages)
-    console.print(f"Plot: {picture}\nScalars: tensorboard --logdir {args.out}")
+    console.print(f"Plot: {picture}{advice(args.out)}")
 
 
 def read_config(file: Path) -> dict[str, Any]:

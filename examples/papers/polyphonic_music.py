@@ -38,10 +38,11 @@ from examples.language_model.command_line import (
     console,
     run,
 )
+from examples.language_model.directory import History, make_directory
 from examples.language_model.loop import train
 from examples.language_model.recurrent import CELLS, Cell, Recurrent, State, uniform
 from examples.language_model.results import save_results, stopwatch
-from examples.language_model.run import History, make_directory
+from examples.language_model.scalars import advice
 
 KEYS = 88
 LOWEST_PITCH = 21  # MIDI's number of the lowest key
@@ -469,7 +470,7 @@ def report(
     if seconds:
         settings |= {**seconds, "seconds of CPU time": round(time.process_time())}
     save_results(out, tables, settings, ["jax", "flax", "optax", "numpy"])
-    console.print(f"Music, plot and table: {out}\nScalars: tensorboard --logdir {out}")
+    console.print(f"Music, plot and table: {out}{advice(out)}")
 
 
 def best_of_methods(valid: np.ndarray) -> list[int]:

@@ -34,9 +34,10 @@ from rich.table import Table
 
 import gradclip_jax
 from examples.language_model.command_line import check_number, command_line, console, run
+from examples.language_model.directory import History
 from examples.language_model.loop import train
 from examples.language_model.results import save_results
-from examples.language_model.run import History
+from examples.language_model.scalars import advice
 
 UNITS = 64  # of each hidden layer
 ENVS, ROLLOUT = 4, 128  # environments of a seed, and steps in each between two updates
@@ -383,7 +384,7 @@ def compare(args: argparse.Namespace) -> None:
     }
     save_results(args.out, [make_table(results)], settings_of(args), ["jax", "flax", "optax"])
     draw(results, args.max_norm, args.out / "ppo_cartpole.png")
-    console.print(f"Table and plot: {args.out}\nScalars: tensorboard --logdir {args.out}")
+    console.print(f"Table and plot: {args.out}{advice(args.out)}")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -50,9 +50,10 @@ from examples.language_model.command_line import (
     console,
     run,
 )
+from examples.language_model.directory import History
 from examples.language_model.loop import train
 from examples.language_model.results import save_results
-from examples.language_model.run import History
+from examples.language_model.scalars import advice
 from gradclip_jax import per_example
 
 CLASSES = 10
@@ -492,7 +493,7 @@ def compare(args: argparse.Namespace) -> None:
         ["jax", "flax", "optax", "dp-accounting", "scikit-learn"],
     )  # fmt: skip
     draw(results, args.out / "private_digits.png")
-    console.print(f"Table and plot: {args.out}\nScalars: tensorboard --logdir {args.out}")
+    console.print(f"Table and plot: {args.out}{advice(args.out)}")
 
 
 def main(argv: list[str] | None = None) -> int:

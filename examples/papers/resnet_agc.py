@@ -41,9 +41,10 @@ from examples.language_model.command_line import (
     console,
     run,
 )
+from examples.language_model.directory import History
 from examples.language_model.loop import train
 from examples.language_model.results import save_results
-from examples.language_model.run import History
+from examples.language_model.scalars import advice
 
 CLASSES = 10
 ALPHA = 0.2  # scale of every residual branch
@@ -385,7 +386,7 @@ def compare(args: argparse.Namespace) -> None:
         ["jax", "flax", "optax", "scikit-learn"],
     )  # fmt: skip
     draw(rates, results, args.out / "resnet_agc.png")
-    console.print(f"Table and plot: {args.out}\nScalars: tensorboard --logdir {args.out}")
+    console.print(f"Table and plot: {args.out}{advice(args.out)}")
 
 
 def main(argv: list[str] | None = None) -> int:

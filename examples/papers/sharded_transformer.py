@@ -32,25 +32,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec as P
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import gradclip_jax
-from examples.language_model.checkpoints import ShardedCheckpoints, checksum
-from examples.language_model.command_line import InputError, Parser, console
+from examples.language_model import loop
+from examples.language_model.checkpoints import checksum
+from examples.language_model.command_line import InputError, command_line, console, run
 from examples.language_model.data import Corpus, load_corpus, user_cache
+from examples.language_model.directory import History, saved_result, saved_steps, write_json
+from examples.language_model.optimizers import SCALARS
+from examples.language_model.plots import label_lines, plain_ticks, quiet_frame
 from examples.language_model.results import save_results
-from examples.language_model.run import (
-    SCALARS,
-    History,
-    progress,
-    saved_result,
-    saved_steps,
-    write_json,
-)
 from examples.papers.shared import launch
 from examples.papers.shared.parallel import STYLES, Style
 from examples.papers.shared.transformer import (
@@ -87,34 +83,26 @@ WARM_UP = 20
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; bad input ends in one line on stderr and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = command_line()
-    args = parser.parse_args(argv)
-    try:
+
+    def start(args: argparse.Namespace) -> int | None:
         launch.check_options(args)
         check_sizes(args)
         if launch.launches(args):
             return launch.launch(args, argv, lambda: resumes(args.out))
         launch.join(args)
         try:
-            run(args)
+            experiment(args)
         except BaseException as error:
             if jax.process_count() > 1:
                 launch.end_alone(error)
             raise
-    except InputError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        console.print(f"Stopped. {resumes(args.out)}")
-        return 130
-    return 0
+        return None
+
+    return run(options(), start, argv)
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="sharded_transformer.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def options() -> argparse.ArgumentParser:
+    parser = command_line(__doc__, "sharded_transformer")
     add = parser.add_argument
     add("--mesh", default="", help="devices along each axis, data=4,model=2; default: all on data")
     add("--style", choices=["jit", "shard_map", "pmap"], default="jit")
@@ -136,9 +124,7 @@ def command_line() -> argparse.ArgumentParser:
         help="largest attention logit; inf only measures")  # fmt: skip
     add("--max-norm", type=float, default=0.5, help="of clip_by_global_norm; inf only measures")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the products")
-    add("--seed", type=int, default=0)
     add("--checkpoint-every", type=int, default=50, metavar="STEPS")
-    add("--out", type=Path, default=Path("runs/sharded_transformer"), help="directory of the run")
     add("--cache", type=Path, default=user_cache(), help="directory of the built-in corpus")
     launch.add_options(parser)
     return parser
@@ -148,7 +134,7 @@ def check_sizes(args: argparse.Namespace) -> None:
     """Raises InputError for what can be told without asking for devices."""
     low = dict.fromkeys(("layers", "units", "heads", "context", "batch", "accumulate", "steps",
                          "checkpoint_every"), 1)  # fmt: skip
-    for name, least in {**low, "seed": 0}.items():
+    for name, least in low.items():
         if getattr(args, name) < least:
             option = name.replace("_", "-")
             raise InputError(f"`--{option}` must be at least {least}, got {getattr(args, name)}.")
@@ -180,8 +166,6 @@ def check_sizes(args: argparse.Namespace) -> None:
         )
     if args.data is not None and not args.data.exists():
         raise InputError(f"`--data` must be a file or a directory that exists, got {args.data}.")
-    if args.out.exists() and not args.out.is_dir():
-        raise InputError(f"`--out` must be a directory, got the file {args.out}.")
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
@@ -241,8 +225,8 @@ class Result(NamedTuple):
     replicas_equal: bool
 
 
-def run(args: argparse.Namespace) -> None:
-    """One run, or one for each style, and what came out of it on the screen."""
+def experiment(args: argparse.Namespace) -> None:
+    """One run, or one for each style, and its numbers on the screen."""
     console.quiet = jax.process_index() > 0
     mesh = make_mesh(args)
     corpus = load_corpus(args.data, "char", 10_000, args.cache)
@@ -335,14 +319,6 @@ class Program:
         """A state on the host, split as `start` would split it."""
         return jax.device_put(state, Style(self.style.mesh).shardings(self.specs))
 
-    def abstract_state(self) -> Any:
-        """Shapes, dtypes and shardings of the state."""
-        shardings = Style(self.style.mesh).shardings(self.specs)
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            self.abstract, shardings,
-        )  # fmt: skip
-
     def batch(self, text: np.ndarray, seed: tuple[int, ...]) -> jax.Array:
         """Random pieces of the text, [micro, sequence, time + 1], decided by the seed alone."""
         args = self.args
@@ -393,50 +369,43 @@ def train(
     config |= {"corpus": corpus.digest}
     launch.agree({**config, "style": style.name, "mesh": dict(style.mesh.shape)})
     if (saved := saved_result(out, config)) is not None:
-        console.print(f"The run in {out} is finished; reporting it again.")
+        loop.say_finished(title, out)
         return Result(**saved)
     program = Program(args, style, len(corpus.vocabulary))
-    history: History = {name: [] for name in SEEN}
-    step = 0
-    with ShardedCheckpoints(out) as checkpoints:
-        if checkpoints.latest() is not None:  # before anything is written: it may not fit
-            step, state, history = checkpoints.restore(program.abstract_state())
-        else:
-            state = program.start() if start is None else program.split(start)
-        # A peer that is slower still reads what is there before the first writes.
-        multihost_utils.sync_global_devices("read")
-        if jax.process_index() == 0:
-            write_json(out / "config.json", config)
-        params, opt_state = style.place(state, program.specs)
 
-        pending: list[dict[str, jax.Array]] = []
-        tokens = args.batch * args.context
-        with progress(title, args.steps, step, tokens) as show:
-            while step < args.steps:
-                batch = program.batch(corpus.train, (args.seed, step))
-                params, opt_state, scalars = program.step(params, opt_state, batch)
-                pending.append(scalars)
-                step += 1
-                saves = step % args.checkpoint_every == 0 or step == args.steps
-                if saves or step % FETCH_EVERY == 0:
-                    for row in pending:
-                        for name, value in row.items():
-                            history[name].append(style.number(value))
-                    pending.clear()
-                    show(step, history)
-                if saves:
-                    checkpoints.save(step, style.plain((params, opt_state), program.specs), history)
-        losses = [
-            style.number(program.score(params, program.batch(corpus.valid, (args.seed, 0, i))))
-            for i in range(VALID_BATCHES)
-        ]
-        result = Result(
-            style=title,
-            history=history,
-            valid=float(np.mean(losses)),
-            checksum=checksum(style.plain((params, opt_state), program.specs)),
-            replicas_equal=style.replicas_equal((params, opt_state)),
-        )
+    def step(state: Any, number: np.int32) -> tuple[Any, dict[str, jax.Array]]:
+        batch = program.batch(corpus.train, (args.seed, int(number)))
+        *state, scalars = program.step(*state, batch)
+        return tuple(state), scalars
+
+    state, history = loop.train(
+        step,
+        program.start() if start is None else program.split(start),
+        args.steps,
+        out,
+        title=title,
+        config=config,
+        per_step=args.batch * args.context,
+        unit="characters",
+        checkpoint_every=args.checkpoint_every,
+        fetch_every=FETCH_EVERY,
+        placement=loop.Placement(
+            place=lambda state: style.place(state, program.specs),
+            plain=lambda state: style.plain(state, program.specs),
+            fetch=lambda rows: [{k: style.number(v) for k, v in row.items()} for row in rows],
+        ),
+    )
+    losses = [
+        style.number(program.score(state[0], program.batch(corpus.valid, (args.seed, 0, i))))
+        for i in range(VALID_BATCHES)
+    ]
+    result = Result(
+        style=title,
+        history=history,
+        valid=float(np.mean(losses)),
+        checksum=checksum(style.plain(state, program.specs)),
+        replicas_equal=style.replicas_equal(state),
+    )
     if jax.process_index() == 0:
         write_json(out / "result.json", result._asdict())
     return result
@@ -465,20 +434,27 @@ def compare_clips(args: argparse.Namespace, style: Style, corpus: Corpus) -> Non
     table = Table(title="attention logits", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in ("", "largest", "at the end", "bits per character"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    labels: dict[Axes, list] = {left: [(args.qk_clip, "its limit", "0.4")], right: []}
     for name, limit in (("without", math.inf), ("qk_clip", args.qk_clip)):
         one = argparse.Namespace(**{**vars(args), "qk_clip": limit})
         result = train(one, style, name, corpus, args.out / name)
         logits = result.history["max_logit"]
-        bits = f"{result.valid / math.log(2):.3f}"
-        table.add_row(name, f"{max(logits):.4g}", f"{logits[-1]:.4g}", bits)
-        left.plot(logits, lw=0.9, label=name)
-        right.plot(np.array(result.history["loss"]) / math.log(2), lw=0.9, label=name)
-    left.axhline(args.qk_clip, color="grey", ls="--", label="threshold")
-    left.set(yscale="log", xlabel="step", ylabel="largest attention logit")
-    right.set(xlabel="step", ylabel="bits per character")
-    left.legend(fontsize="small")
+        score = f"{result.valid / math.log(2):.3f}"
+        table.add_row(name, f"{max(logits):.4g}", f"{logits[-1]:.4g}", score)
+        bits = np.array(result.history["loss"]) / math.log(2)
+        for axes, values in ((left, logits), (right, bits)):
+            (line,) = axes.plot(range(1, args.steps + 1), values, lw=0.9)
+            labels[axes].append((values[-1], name, line.get_color()))
+    left.axhline(args.qk_clip, color="0.4", ls="--", lw=1)
+    left.set(yscale="log", xlabel="step", title="Largest attention logit")
+    right.set(xlabel="step", title="Loss in bits per character")
+    plain_ticks(left)
+    for axes, names in labels.items():
+        axes.set_xlim(0, args.steps)
+        quiet_frame(axes)
+        label_lines(axes, names)
     settings = {name: getattr(args, name) for name in SETTINGS}
     save_results(args.out, [table], settings, ("jax", "flax", "optax"))
     figure.savefig(args.out / "sharded_transformer.png", dpi=100)

@@ -40,10 +40,12 @@ from examples.language_model.command_line import (
     console,
     run,
 )
-from examples.language_model.loop import train
+from examples.language_model.directory import History, saved_result, write_json
+from examples.language_model.loop import say_finished, train
+from examples.language_model.plots import label_lines, plain_ticks, quiet_frame
 from examples.language_model.recurrent import CELLS, Recurrent, uniform
 from examples.language_model.results import save_results
-from examples.language_model.run import History, saved_result, write_json
+from examples.language_model.scalars import advice
 from examples.papers.shared.audio import ALPHABET, BANDS, HOP, VOICES, Batch, load
 
 TESTED = 200  # utterances of the held-out speakers
@@ -187,15 +189,17 @@ def fit(
         return update(state, train_set.rows(rows), jax.random.key(rng.integers(2**31)))
 
     out = args.out / f"lr{learning_rate:g}_{'clip' if clips else 'none'}"
+    title = f"learning rate {learning_rate:g}, {clip}"
     names = ("digits", "utterances", "units", "input_noise", "batch", "steps", "momentum", "seed")
     config = {name: getattr(args, name) for name in names} | {
         "learning_rate": learning_rate, "clip": clip, "data": digest(sets)
     }  # fmt: skip
     if (saved := saved_result(out, config)) is not None:
+        say_finished(title, out)
         return Result(**saved)
     state = (params, optimizer.init(params))
     (params, _), history = train(
-        step, state, args.steps, out, title=f"{learning_rate:g} · {clip}", config=config,
+        step, state, args.steps, out, title=title, config=config,
         per_step=args.batch, unit="utterances", checkpoint_every=100,
     )  # fmt: skip
 
@@ -251,7 +255,7 @@ def report(args: argparse.Namespace, results: list[Result], test_set: Batch) -> 
     packages = ("jax", "flax", "optax", "numpy")
     save_results(args.out, [table, lines], {"options": options, "data": data}, packages)
     draw(results, test_set, args.out / "speech.png")
-    console.print(f"Plot: {args.out / 'speech.png'}\nScalars: tensorboard --logdir {args.out}")
+    console.print(f"Plot: {args.out / 'speech.png'}{advice(args.out)}")
 
 
 def draw(results: list[Result], test_set: Batch, picture: Path) -> None:
@@ -259,20 +263,27 @@ def draw(results: list[Result], test_set: Batch, picture: Path) -> None:
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplot_mosaic([["loss", "norm"], ["heard", "heard"]])
     rates = list(dict.fromkeys(result.learning_rate for result in results))
+    labels: dict[str, list] = {"loss": [], "norm": []}
     for result in results:
         colour = f"C{rates.index(result.learning_rate)}"
-        style, kind = (":", "no clip") if result.clip == "none" else ("-", "clip")
+        style, kind = (":", ", no clip") if result.clip == "none" else ("-", "")
         losses, norms = result.history["loss"], result.history["grad_norm"]
         at = range(0, len(losses), SMOOTHED)
         smooth = [np.mean(losses[start : start + SMOOTHED]) for start in at]
         axes["loss"].plot(at, smooth, colour, ls=style, lw=1)
-        axes["norm"].plot(
-            norms, colour, ls=style, lw=0.7, label=f"{result.learning_rate:g}, {kind}"
-        )
-    axes["norm"].plot(results[0].history["clip_limit"], "k--", lw=1, label="limit")
-    axes["norm"].legend(title="learning rate", fontsize="small")
-    axes["loss"].set(yscale="log", xlabel="step", ylabel="nats per utterance")
-    axes["norm"].set(yscale="log", xlabel="step", ylabel="gradient norm before the clip")
+        axes["norm"].plot(norms, colour, ls=style, lw=0.7)
+        name = f"{result.learning_rate:g}{kind}"
+        labels["loss"].append((smooth[-1], name, colour))
+        labels["norm"].append((float(np.median(norms[-SMOOTHED:])), name, colour))
+    limit = results[0].history["clip_limit"]
+    axes["norm"].plot(limit, "k--", lw=1)
+    labels["norm"].append((limit[-1], "its limit", "k"))
+    axes["loss"].set(yscale="log", xlabel="step", title="Nats per utterance, by learning rate")
+    axes["norm"].set(yscale="log", xlabel="step", title="Gradient norm before the clip")
+    for panel in labels:
+        axes[panel].set_xlim(0, len(limit))
+        plain_ticks(axes[panel])
+        quiet_frame(axes[panel])
 
     best = min(results, key=lambda result: result.errors)
     number = int(np.argmax(test_set.frames))
@@ -289,6 +300,8 @@ def draw(results: list[Result], test_set: Batch, picture: Path) -> None:
         previous = label
     axes["heard"].set(xlabel="seconds", ylabel="mel band")
     axes["heard"].set_title(f"said: {texts(test_set)[number]}, read:", pad=20)
+    for panel, names in labels.items():
+        label_lines(axes[panel], names, gap=11)
     figure.savefig(picture, dpi=75)
 
 

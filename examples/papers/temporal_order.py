@@ -44,6 +44,7 @@ from examples.language_model.command_line import (
 from examples.language_model.loop import train
 from examples.language_model.recurrent import rnn_step
 from examples.language_model.results import save_results
+from examples.language_model.scalars import advice
 
 METHODS = {"SGD": (math.inf, 0.0), "clip": (1.0, 0.0), "clip + Ω": (1.0, 4.0)}  # limit, weight
 SYMBOLS, CLASSES = 6, 4  # A, B and four distractors; AA, AB, BA, BB
@@ -348,7 +349,7 @@ def compare(args: argparse.Namespace) -> None:
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "paper")}
     save_results(args.out, [make_table(results)], settings, ["jax", "flax", "optax"])
     draw(results, args.out / "temporal_order.png")
-    console.print(f"Table and plot: {args.out}\nScalars: tensorboard --logdir {args.out}")
+    console.print(f"Table and plot: {args.out}{advice(args.out)}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,8 +17,8 @@ from tensorboardX.record_writer import RecordWriter
 
 import gradclip_jax
 from examples.language_model.command_line import InputError, command_line, run
+from examples.language_model.directory import write_json
 from examples.language_model.loop import train
-from examples.language_model.run import write_json
 
 OPTIMIZER = optax.chain(gradclip_jax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
 

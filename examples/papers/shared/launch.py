@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from examples.language_model.command_line import InputError
-from examples.language_model.run import make_directory
+from examples.language_model.directory import make_directory
 
 # A process that meets a dead peer ends by itself, with its own message, within about a second.
 GRACE_SECONDS = 5.0

@@ -115,10 +115,10 @@ def test_three_steps_leave_a_table_and_a_plot_and_are_not_run_again(
     text = (out / "results.txt").read_text()
     assert "gradient boosting" in text
     assert '"method": "clip_by_norm", "threshold": 1.0' in text
-    assert "log-clip-0  3/3  loss" in capsys.readouterr().out
+    assert "log-clip-0: step 3 of 3 · loss" in capsys.readouterr().out
     assert "seconds: " in text
     assert fraud_detection.main(command(config)) == 0
-    assert "3/3  loss" not in capsys.readouterr().out
+    assert "step 3 of 3" not in capsys.readouterr().out
     again = (out / "results.txt").read_text()
     assert again.splitlines() == [line for line in text.splitlines() if "seconds: " not in line]
 
