@@ -16,7 +16,8 @@
     ranges: { radius: [0.5, 2], T: [10, 60], limit: [0.01, 1000], rate: [0.001, 1], seed: [0, 999999] },
     whole: ["T", "seed"],
     logarithmic: ["limit", "rate"],
-    defaults: { radius: 1.2, T: 20, limit: 1, rate: 0.07, seed: 2 },
+    // The clip solves it in 650 steps; without it rounding decides, and 15 runs of 15 had not in 1000.
+    defaults: { radius: 1.2, T: 20, limit: 1, rate: 0.1, seed: 2 },
     update: restart,
     draw,
     hide: pause,

@@ -428,7 +428,7 @@ def test_a_network_trains_in_the_second_tab(found):
     """Its numbers are those of test_rnn.py; here the clip wins, and the page says so."""
     training = found["training"]
     assert training["hidden"]
-    assert training["hash"] == "#tab=training&radius=1.2&T=20&limit=1&rate=0.07&seed=2"
+    assert training["hash"] == "#tab=training&radius=1.2&T=20&limit=1&rate=0.1&seed=2"
     assert training["drawn"] > 20
     assert (training["button"], training["paused"]) == ("Train", 0)
     assert training["cells"][1] == "0 %"
