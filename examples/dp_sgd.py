@@ -55,7 +55,7 @@ def loss_of(model: Perceptron, images: jax.Array, labels: jax.Array) -> jax.Arra
 
 
 def draw_batch(key: jax.Array, images: int) -> tuple[jax.Array, jax.Array]:
-    """Indices of a batch by Poisson sampling, which the accountant assumes, and which count."""
+    """Indices by Poisson sampling, which the accountant assumes, and a mask of the padding."""
     drawn = jax.random.bernoulli(key, BATCH / images, (images,))
     (batch,) = jnp.nonzero(drawn, size=PADDED, fill_value=0)
     return batch, jnp.arange(PADDED) < drawn.sum()
@@ -69,11 +69,9 @@ def train_step(
     images, labels = data
     batch, mask = draw_batch(key, len(images))
     clipped_grad = gc.per_example.value_and_grad(
-        loss_of, max_norm=MAX_NORM, reduction="mean", mean_of=BATCH
+        loss_of, max_norm=max_norm, reduction="mean", mean_of=BATCH
     )  # divided by the expected size: the size of this batch is not private
-    (_, seen), grads = clipped_grad(
-        model, images[batch], labels[batch], max_norm=max_norm, mask=mask
-    )
+    (_, seen), grads = clipped_grad(model, images[batch], labels[batch], mask=mask)
     optimizer.update(model, grads)
     return seen.clip_count / seen.example_count
 
@@ -85,12 +83,13 @@ def accuracy_of(model: Perceptron, data: tuple) -> jax.Array:
 
 
 def epsilon(noise_multiplier: float, images: int, steps: int) -> float:
+    """The ε that belongs to DELTA; NaN where dp-accounting is not installed."""
     try:
         from dp_accounting import dp_event, rdp
-    except ImportError:  # pip install dp-accounting
+    except ImportError:
         return math.nan
-    step = dp_event.GaussianDpEvent(noise_multiplier)
-    step = dp_event.PoissonSampledDpEvent(BATCH / images, step)
+    noise = dp_event.GaussianDpEvent(noise_multiplier)
+    step = dp_event.PoissonSampledDpEvent(BATCH / images, noise)
     return rdp.RdpAccountant(range(2, 256)).compose(step, steps).get_epsilon(DELTA)
 
 

@@ -72,7 +72,7 @@ def loss_of(model: Transformer, tokens: jax.Array) -> jax.Array:
 
 
 def shard(module: nnx.Module | nnx.Optimizer, mesh: Mesh) -> None:
-    """Splits each array of a model or optimizer along the first axis that the devices divide."""
+    """Split each array along its first axis that the number of devices divides."""
 
     def place(x: jax.Array) -> jax.Array:
         sizes = [size % mesh.size == 0 for size in x.shape]
@@ -92,14 +92,13 @@ def train_step(model: Transformer, optimizer: nnx.Optimizer, tokens: jax.Array) 
 
 def train(count: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """The loss and the gradient norm of each step, on the first `count` devices."""
-    devices = jax.devices()[:count]
-    mesh = jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=devices)
+    mesh = jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=jax.devices()[:count])
     rate = optax.linear_schedule(0.0, LEARNING_RATE, WARM_UP)
-    tx = optax.chain(gc.clip_by_global_norm(MAX_NORM), optax.adamw(rate))  # the same on any mesh
+    tx = optax.chain(gc.clip_by_global_norm(MAX_NORM), optax.adamw(rate))  # as on one device
     model = Transformer(nnx.Rngs(SEED))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     shard(model, mesh)
-    shard(optimizer, mesh)  # Adam's moments as well: with the weights they are most of the memory
+    shard(optimizer, mesh)  # AdamW's two moments take twice the memory of the weights
     rng = np.random.default_rng(SEED)
     losses, norms = [], []
     for step in range(steps):
@@ -144,7 +143,7 @@ def main(steps: int = STEPS) -> float:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", 8)  # where there are accelerators, it changes nothing
+    jax.config.update("jax_num_cpu_devices", 8)  # has no effect where there are accelerators
     parser = argparse.ArgumentParser(description="A sharded Transformer with gradient clipping.")
     parser.add_argument("--steps", type=int, default=STEPS)
     main(parser.parse_args().steps)
