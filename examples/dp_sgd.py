@@ -131,10 +131,10 @@ def main(steps: int = STEPS) -> None:
     curves = []
     for noise in NOISE_MULTIPLIERS:
         spent = epsilon(noise, len(load_images()[0]) - TEST, steps) if noise else math.inf
-        name = f"ε = {spent:.2f}" if noise else "no privacy"
+        name = f"with ε = {spent:.2f}" if noise else "without privacy"
         print(f"Noise multiplier {noise:g}, {name}:")
         accuracies = train(noise, steps)
-        curves.append((f"{accuracies[-1]:.0%} with {name}", accuracies))
+        curves.append((f"{accuracies[-1]:.0%} {name}", accuracies))
     plot(curves)
     says = ", ".join(label for label, _ in curves)
     print(f"The test accuracy is {says}, at δ = {DELTA:g} (dp_sgd.png).")

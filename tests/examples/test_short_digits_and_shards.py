@@ -51,7 +51,7 @@ def test_agc_keeps_the_loss_of_the_resnet_finite_where_it_explodes_without(monke
 def test_dp_sgd_runs(capsys):
     dp_sgd.main(steps=3)
     assert re.fullmatch(
-        r"The test accuracy is \d+% with ε = 0.05, \d+% with ε = 0.24, \d+% with no privacy, at .*",
+        r"The test accuracy is \d+% with ε = 0.05, \d+% with ε = 0.24, \d+% without privacy, at .*",
         last_line(capsys),
     )
     assert Path("dp_sgd.png").stat().st_size > 10_000
