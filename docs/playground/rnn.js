@@ -1,6 +1,6 @@
 // A recurrent network on the temporal-order task, trained with back-propagation through time.
 //
-// The task and the network are those of examples/temporal_order.py, after Pascanu, Mikolov, Bengio
+// The task and the network are those of examples/papers/temporal_order.py, after Pascanu, Mikolov, Bengio
 // 2013 (https://arxiv.org/abs/1211.5063): two symbols, A or B each, are hidden among distractors,
 // and the last state says which they were and in which order: AA, AB, BA or BB. Everything is
 // float64. This file needs no page: `require("./rnn.js")` in Node sets the same global `rnn`.

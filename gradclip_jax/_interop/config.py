@@ -40,8 +40,7 @@ def from_config(
     |---|---|
     | `"method"` | the name of a strategy, or `clip_to_limit` |
     | `"threshold"` | its first argument, whatever its name |
-    | `"limit"`, `"a"`, `"b"` | a number, or a limit: `{"method": "percentile", "window": 64}` |
-    | `"grad_norm"`, `"loss"` | the same, of `skip_spikes` |
+    | `"limit"`, `"a"`, `"grad_norm"` … | a number, or a limit: `{"method": "ema", "k": 6}` |
     | `"measure"`, `"response"` | a name, or with arguments `{"method": "unit_norms", "axes": 1}` |
     | `"ball"` | the name of a ball, or a dict of them |
     | `"heads"` | a dict of patterns: `{"*/query/kernel": {"role": "query", "axis": 1}, …}` |
@@ -59,8 +58,7 @@ def from_config(
     Raises:
       ValueError: For a method, a key or a name that does not exist, with the nearest that do; for
         two keys of one argument, an argument that is missing, or one that the strategy refuses;
-        for a file that is damaged; for one nested more than 100 levels deep, as a YAML alias is
-        that holds itself.
+        for a file that is damaged, or nested more than 100 levels deep.
       FileNotFoundError: For a file that does not exist.
       ImportError: For a YAML file without PyYAML.
 

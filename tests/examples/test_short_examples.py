@@ -65,7 +65,7 @@ def test_it_imports_nothing_from_the_repository_but_the_package(name):
 def test_the_page_of_examples_has_a_row_with_its_length(name):
     page = (EXAMPLES.parent / "docs" / "examples.md").read_text()
     lines = len((EXAMPLES / f"{name}.py").read_text().splitlines())
-    assert f"\n| `{name}.py` | {lines} | " in page
+    assert f"\n| `examples/{name}.py` | {lines} | " in page
 
 
 def test_the_quickstart_fits_its_line_and_clips_only_at_the_start(capsys):
