@@ -35,7 +35,7 @@ def label_lines(axes: Axes, labels: Sequence[Label], gap: float = 13.0) -> None:
         at[i] = min(at[i], at[i + 1] - gap)
     for (_, name, colour), y in zip(labels, at, strict=True):
         axes.annotate(
-            name, (1, (y - low) / (high - low)), xycoords="axes fraction", xytext=(6, 0),
+            name, (1, (y - low) / (high - low)), xycoords="axes fraction", xytext=(9, 0),
             textcoords="offset points", color=colour, va="center", fontsize=9,
         )  # fmt: skip
 
