@@ -41,8 +41,9 @@ def _is_strategy(name: str, function: Any) -> bool:
         return False
     parameters = inspect.signature(function).parameters
     needed = [p.name for p in parameters.values() if p.default is p.empty]
-    of_limits = name in ("clip_to_limit", "clip_norms")  # the name of a limit is given instead
-    return "on_nonfinite" in parameters and len(needed) < 2 and not of_limits
+    # The name of a limit is given instead of `clip_to_limit`.
+    others = {"optimizer", "limits"}.intersection(parameters) or name == "clip_to_limit"
+    return "on_nonfinite" in parameters and len(needed) < 2 and not others
 
 
 def build_optimizer(

@@ -30,7 +30,7 @@ def label_lines(axes: Axes, labels: Sequence[Label], gap: float = 13.0) -> None:
     at = np.clip(np.nan_to_num(wanted, posinf=high), low, high)
     for i in range(1, len(at)):
         at[i] = max(at[i], at[i - 1] + gap)
-    at -= max(0.0, at[-1] - high)  # a pile at the top moves down
+    at[-1] = min(at[-1], high)  # a pile at the top moves down
     for i in reversed(range(len(at) - 1)):
         at[i] = min(at[i], at[i + 1] - gap)
     for (_, name, colour), y in zip(labels, at, strict=True):

@@ -809,4 +809,14 @@ def test_the_help_explains_which_loss_a_norm_of_5_belongs_to(capsys):
     with pytest.raises(SystemExit) as end:
         language_model.main(["--help"])
     assert end.value.code == 0
-    assert "Zaremba" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Zaremba" in shown
+    assert "steps of back-propagation through time (default: 50)" in " ".join(shown.split())
+    listed = shown[shown.index("strategies of gradclip_jax:") :]
+    assert {"zclip", "clip_by_value", "percentile"} < {*re.findall(r"\w+", listed)}
+
+
+def test_every_name_that_the_help_lists_is_a_clip(standard_promotion):
+    args = lm_options.options().parse_args([])
+    for name in (*optimizers.strategies(), *optimizers.limits()):
+        optimizers.build_optimizer(args, name, steps=1)

@@ -1,7 +1,9 @@
 """What all examples share: a loop that continues bit for bit, and refusals in one line."""
 
 import errno
+import importlib.util
 import json
+import math
 import os
 import resource
 import signal
@@ -13,12 +15,16 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from matplotlib.figure import Figure
 from tensorboardX.record_writer import RecordWriter
 
 import gradclip_jax
 from examples.language_model.command_line import InputError, command_line, run
 from examples.language_model.directory import write_json
 from examples.language_model.loop import train
+from examples.language_model.plots import label_lines
+from examples.language_model.progress import numbers, plain
+from examples.language_model.scalars import advice
 
 OPTIMIZER = optax.chain(gradclip_jax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
 
@@ -47,20 +53,24 @@ def loop(out: Path, steps: int, stop_at: int | None = None, **config):
     )
 
 
-def test_a_run_that_was_interrupted_continues_bit_for_bit(tmp_path):
+def test_a_run_that_was_interrupted_continues_bit_for_bit(tmp_path, capsys):
     (whole, *_), losses = loop(tmp_path / "whole", 30)
     with pytest.raises(KeyboardInterrupt):
         loop(tmp_path / "parts", 30, stop_at=17)
     (parts, *_), again = loop(tmp_path / "parts", 30)
+    assert (
+        f"line: continues from step 18 of 30 in {tmp_path / 'parts'}\n" in capsys.readouterr().out
+    )
     assert losses == again
     assert len(losses["loss"]) == 30
     np.testing.assert_array_equal(whole, parts)
 
 
-def test_a_finished_run_is_not_run_again(tmp_path):
+def test_a_finished_run_is_not_run_again_and_says_how_to_train_anew(tmp_path, capsys):
     _, before = loop(tmp_path, 12)
     _, after = loop(tmp_path, 12, stop_at=0)
     assert before == after
+    assert f"line: finished. To train anew, delete {tmp_path} or" in capsys.readouterr().out
 
 
 def test_the_directory_of_another_run_is_refused(tmp_path):
@@ -76,6 +86,32 @@ def test_a_checkpoint_of_another_step_is_refused(tmp_path):
     (checkpoints / "20").rename(checkpoints / "25")
     with pytest.raises(InputError, match=r"checkpoints/25: the checksum differs\..*from step 10"):
         loop(tmp_path, 30)
+
+
+def test_the_names_of_lines_do_not_overlap_and_stay_at_the_axes():
+    axes = Figure(figsize=(4, 3), dpi=72).subplots()
+    axes.set(ylim=(0, 10))
+    heights = [0.0, 0.1, 5.0, 9.9, 10.0, math.inf]
+    label_lines(axes, [(y, f"line {y}", "k") for y in heights], gap=13)
+    names = sorted(axes.texts, key=lambda text: heights.index(float(text.get_text()[5:])))
+    points = np.array([text.xy[1] for text in names]) * axes.bbox.height
+    assert np.diff(points).min() > 12.99
+    assert points[2] == pytest.approx(axes.bbox.height / 2)
+    assert points[0] >= 0
+    assert points[-1] <= axes.bbox.height
+
+
+def test_tensorboard_is_advised_where_it_is_installed(monkeypatch):
+    for found, told in ((None, ""), (object(), "\nScalars: tensorboard --logdir runs")):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _, found=found: found)
+        assert advice(Path("runs")) == told
+
+
+def test_numbers_in_the_progress_have_no_exponent():
+    history = {"loss": [math.log(2)], "grad_norm": [4100.4], "clipped": [1.0]}
+    shown = numbers(history, ("bits per character", math.log(2)))
+    assert shown == "loss 1.000 bits per character · norm 4,100 · clipped 100%"
+    assert [plain(x) for x in (0.0123, 1.234, 12.34)] == ["0.012", "1.23", "12.3"]
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
