@@ -27,13 +27,15 @@ CLIPS = {
     "percentile": clip_to_limit(limits.percentile()),
     "autoclip(window=100)": gradclip_jax.autoclip(window=100),
     "median": clip_to_limit(limits.median()),
+    "deviation": clip_to_limit(limits.deviation()),
     "running_quantile": clip_to_limit(limits.running_quantile()),
     "zscore": gradclip_jax.zclip(max_norm=None),
     "ema": clip_to_limit(limits.ema()),
     "growth": gradclip_jax.limit_norm_growth(),
     "adagc": gradclip_jax.adagc(max_norm=None),
+    "stable_spam_clip": gradclip_jax.stable_spam_clip(),
 }
-WINDOWS = ("percentile", "autoclip(window=100)", "median")
+WINDOWS = ("percentile", "autoclip(window=100)", "median", "deviation")
 
 NOISE = 0.1  # standard deviation of the logarithm of a norm
 AT_REST = 1000  # steps at one level before a change
