@@ -2,11 +2,14 @@
 
     python benchmarks/learning_rate_range.py --out results
     python benchmarks/learning_rate_range.py --out results --models lstm --clips none,constant
+    python benchmarks/learning_rate_range.py --out results --models muon
 
 It trains the LSTM and the Transformer of the examples on characters of the prose that every Python
-ships, at seven learning rates, behind seven clips, from three seeds, with and without corrupted
-batches: 588 short runs. Clips have the defaults of the library, and none was tuned. What is
-finished is kept in `--out`: the same command goes on from there, and ends in Markdown and a figure.
+ships, at seven learning rates, behind eight and ten clips, from three seeds, with and without
+corrupted batches: 756 short runs. `muon` is a Transformer of 10 million parameters, at three
+learning rates behind four clips. Clips have the defaults of the library, and none was tuned. What
+is finished is kept in `--out`: the same command goes on from there, and ends in Markdown and a
+figure.
 """
 
 import argparse
@@ -39,16 +42,18 @@ import gradclip_jax
 from examples.language_model.command_line import InputError
 from examples.language_model.data import Corpus, load_corpus, write_atomically
 from examples.language_model.model import LanguageModel
-from examples.papers.shared.transformer import Sizes, Transformer, next_token_loss
+from examples.papers.shared.transformer import Sizes, Transformer, matrices, next_token_loss
+from gradclip_jax import limits
 
 UNITS, LAYERS, HEADS = 64, 2, 4
 BATCH, LENGTH = 8, 32
 STEPS, SEEDS = 800, 3
 EVERY = 20
-"""Steps between two losses on the same piece of the validation text; the last three count."""
+"""Steps between two losses on the same piece of the validation text, of three at the end."""
 VALIDATION_WINDOWS = 64
 PERIOD, FIRST = 200, 130
 """Of 200 steps one is corrupted, for the first time when all windows and warm-ups are over."""
+MUON_UNITS, MUON_LAYERS, MUON_HEADS = 320, 8, 5
 GAIN = 100.0
 """What multiplies the loss of a corrupted batch, about as if it were a sum instead of a mean."""
 TOLERANCE = 1.1
@@ -58,15 +63,25 @@ DARKEST = 1.7
 CONDITIONS = ("clean", "corrupted")
 
 
+Optimizer = optax.GradientTransformation
+
+
 class Task(NamedTuple):
-    """A model, how it is trained, and the learning rates that are tried."""
+    """A model, how it is trained, and the learning rates and clips that are tried."""
 
     make: Callable[[int, jax.Array], nnx.Module]
     """Of the size of the vocabulary and a random key."""
     loss: Callable[[Any, jax.Array], jax.Array]
     """Mean nats of each token of [batch, time + 1] given those before it."""
-    optimizer: Callable[[Any], optax.GradientTransformation]
+    optimizer: Callable[[Any], Optimizer]
     learning_rates: tuple[float, ...]
+    clips: tuple[str, ...]
+    about: str
+    steps: int = STEPS
+    seeds: int = SEEDS
+    every: int = EVERY
+    period: int = PERIOD
+    first: int = FIRST
 
 
 def lstm(vocabulary: int, key: jax.Array) -> nnx.Module:
@@ -92,28 +107,76 @@ def transformer_loss(model: Transformer, tokens: jax.Array) -> jax.Array:
     return loss
 
 
+def muon_transformer(vocabulary: int, key: jax.Array) -> nnx.Module:
+    """The Transformer of the examples with 10 million parameters, its products in bfloat16."""
+    sizes = Sizes(vocabulary, LENGTH, MUON_LAYERS, MUON_UNITS, MUON_HEADS)
+    return Transformer(sizes, jnp.bfloat16, rngs=nnx.Rngs(key))
+
+
+def in_front(clip: Callable[[float], Optimizer]) -> Callable[[float, Optimizer], Optimizer]:
+    """A clip of gradients, before the optimizer reads them."""
+    return lambda max_norm, optimizer: optax.chain(clip(max_norm), optimizer)
+
+
+ADAM_B2 = 0.999
+# From `max_norm`, the cap that zclip and the warm-up of adagc have, and the optimizer behind.
+CLIPS: dict[str, Callable[[float, Optimizer], Optimizer]] = {
+    "none": in_front(lambda _: optax.identity()),
+    "constant": in_front(gradclip_jax.clip_by_global_norm),
+    "percentile": in_front(lambda _: gradclip_jax.clip_to_limit(limits.percentile())),
+    "zclip": in_front(lambda _: gradclip_jax.zclip()),
+    "adagc": in_front(lambda _: gradclip_jax.adagc()),
+    "median": in_front(lambda _: gradclip_jax.clip_to_limit(limits.median())),
+    "capped-percentile": in_front(
+        lambda max_norm: gradclip_jax.clip_to_limit(
+            limits.minimum(limits.percentile(95.0), max_norm)
+        )
+    ),
+    "skip-spikes": lambda _, optimizer: gradclip_jax.skip_spikes(
+        optimizer, grad_norm=limits.deviation()
+    ),
+    "stable-spam": in_front(
+        lambda _: optax.chain(gradclip_jax.stable_spam_clip(), gradclip_jax.stable_spam_norm())
+    ),
+    "update-rms": lambda _, optimizer: gradclip_jax.clip_update_rms(optimizer, b2=ADAM_B2),
+}
+# The last two are for Adam: one is a normalizer, the other reads the second moment.
+FOR_SGD = tuple(CLIPS)[:-2]
+
 # Behind a clip SGD takes a step of at most learning rate times limit. AdamW divides by the norms
 # that it remembers, so a clip acts on it through outliers alone: a spike stays in its second
 # moment for about 1 / (1 - b2) steps.
 MODELS = {
-    "lstm": Task(lstm, lstm_loss, optax.sgd, tuple(2.0**i for i in range(1, 8))),
+    "lstm": Task(
+        lstm,
+        lstm_loss,
+        optax.sgd,
+        tuple(2.0**i for i in range(1, 8)),
+        FOR_SGD,
+        f"The LSTM, 1 layer of {UNITS} units, by SGD",
+    ),
     "transformer": Task(
         transformer,
         transformer_loss,
-        functools.partial(optax.adamw, b2=0.999),
+        functools.partial(optax.adamw, b2=ADAM_B2),
         tuple(2.5e-4 * 2**i for i in range(7)),
+        tuple(CLIPS),
+        f"The Transformer, {LAYERS} layers of {UNITS} units, by AdamW with b2 {ADAM_B2}",
     ),
-}
-# The default of `--max-norm` is the cap that zclip and the warm-up of adagc have.
-CLIPS: dict[str, Callable[[float], optax.GradientTransformation]] = {
-    "none": lambda max_norm: optax.identity(),
-    "constant": gradclip_jax.clip_by_global_norm,
-    "percentile": lambda max_norm: gradclip_jax.clip_to_limit(gradclip_jax.limits.percentile()),
-    "zclip": lambda max_norm: gradclip_jax.zclip(),
-    "adagc": lambda max_norm: gradclip_jax.adagc(),
-    "median": lambda max_norm: gradclip_jax.clip_to_limit(gradclip_jax.limits.median()),
-    "capped-percentile": lambda max_norm: gradclip_jax.clip_to_limit(
-        gradclip_jax.limits.minimum(gradclip_jax.limits.percentile(95.0), max_norm)
+    # Muon multiplies 60 matrices for each layer and step: few steps, from one seed.
+    "muon": Task(
+        muon_transformer,
+        transformer_loss,
+        functools.partial(optax.contrib.muon, muon_weight_dimension_numbers=matrices),
+        (0.005, 0.02, 0.08),
+        ("none", "constant", "zclip", "skip-spikes"),
+        f"The Transformer with {MUON_LAYERS} layers of {MUON_UNITS} units, 10 million parameters, "
+        "products in bfloat16, by Muon (Adam for what is not a matrix of a block)",
+        steps=80,
+        seeds=1,
+        every=3,
+        period=80,
+        first=66,
     ),
 }
 
@@ -121,53 +184,78 @@ CLIPS: dict[str, Callable[[float], optax.GradientTransformation]] = {
 # --- one run ---
 
 
-def corrupt(tokens: jax.Array, noise: jax.Array, step: Any, allowed: Any) -> tuple[Any, Any]:
-    """The batch of a step and what multiplies its loss: one in 200 is random, times 100."""
-    bad = allowed & (step % PERIOD == FIRST)
+def corrupt(
+    task: Task, tokens: jax.Array, noise: jax.Array, step: Any, allowed: Any
+) -> tuple[Any, Any]:
+    """The batch of a step and what multiplies its loss: one of a period is random, times 100."""
+    bad = allowed & (step % task.period == task.first)
     return jnp.where(bad, noise, tokens), jnp.where(bad, GAIN, 1.0)
 
 
-def trainer(task: Task, clip: optax.GradientTransformation, corpus: Corpus, steps: int) -> Any:
-    """A function of learning rate, seed and corruption, compiled once for all of them."""
+def trainer(
+    task: Task, clipped_by: Callable[[Optimizer], Optimizer], corpus: Corpus, steps: int
+) -> Any:
+    """A function of learning rates and seeds, compiled once for all of them."""
     vocabulary = len(corpus.vocabulary)
     text = jnp.asarray(corpus.train)
     rows = min(VALIDATION_WINDOWS, len(corpus.valid) // (LENGTH + 1))
     valid = jnp.asarray(corpus.valid[: rows * (LENGTH + 1)].reshape(rows, LENGTH + 1))
-    every = math.gcd(steps, EVERY)
+    every = min(task.every, steps // 3)
+    ends = [steps - 2 * every, steps - every, steps]
+    # Both conditions are the same up to the first corrupted step, so that part is trained once.
+    fork = min(task.first, ends[0])
+    parts = {
+        "start": np.array([0, fork, *ends[:-1], fork, *ends[:-1]]),
+        "stop": np.array([fork, *ends, *ends]),
+        "corrupted": np.arange(7) > 3,
+    }
 
-    def run(learning_rate: jax.Array, seed: jax.Array, corrupted: jax.Array) -> dict[str, Any]:
+    def run(learning_rate: jax.Array, seed: jax.Array) -> dict[str, jax.Array]:
         key = jax.random.key(seed)
         graph, params, rest = nnx.split(task.make(vocabulary, key), nnx.Param, ...)
-        optimizer = optax.chain(clip, task.optimizer(learning_rate))
+        optimizer = clipped_by(task.optimizer(learning_rate))
 
         def loss(params: Any, tokens: jax.Array) -> jax.Array:
             return task.loss(nnx.merge(graph, params, rest), tokens)
 
-        def step(state: Any, number: jax.Array) -> tuple[Any, None]:
+        def step(number: jax.Array, corrupted: jax.Array, state: Any) -> Any:
             params, opt_state = state
             # Of the seed and the step alone: all clips and learning rates see the same batches.
             where, what = jax.random.split(jax.random.fold_in(key, number))
             starts = jax.random.randint(where, (BATCH, 1), 0, len(text) - LENGTH)
             tokens = text[starts + jnp.arange(LENGTH + 1)]
             noise = jax.random.randint(what, tokens.shape, 0, vocabulary, tokens.dtype)
-            tokens, gain = corrupt(tokens, noise, number, corrupted)
+            tokens, gain = corrupt(task, tokens, noise, number, corrupted)
             grads = jax.grad(lambda params: gain * loss(params, tokens))(params)
             updates, opt_state = optimizer.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), None
+            return optax.apply_updates(params, updates), opt_state
 
-        def part(state: Any, numbers: jax.Array) -> tuple[Any, jax.Array]:
-            state, _ = jax.lax.scan(step, state, numbers)
-            return state, loss(state[0], valid)
+        def part(states: Any, of: dict[str, jax.Array]) -> Any:
+            state, forked = states
+            again = of["corrupted"] & (of["start"] == fork)
+            state = jax.tree.map(lambda old, new: jnp.where(again, old, new), forked, state)
+            state = jax.lax.fori_loop(
+                of["start"], of["stop"], lambda i, state: step(i, of["corrupted"], state), state
+            )
+            first = of["start"] == 0
+            forked = jax.tree.map(lambda old, new: jnp.where(first, new, old), forked, state)
+            return (state, forked), (loss(state[0], valid), events(state[1]) / steps)
 
-        numbers = jnp.arange(steps).reshape(-1, every)
-        state, losses = jax.lax.scan(part, (params, optimizer.init(params)), numbers)
-        clipped = jnp.float32(0)
-        if not isinstance(state[1][0], optax.EmptyState):
-            clipped = gradclip_jax.metrics(state[1])["clip_count"].astype(jnp.float32) / steps
-        return {"first": loss(params, valid), "final": losses[-3:].mean(), "clipped": clipped}
+        state = params, optimizer.init(params)
+        _, (losses, rates) = jax.lax.scan(part, (state, state), parts)
+        final = losses[1:].reshape(2, 3).mean(axis=1)
+        return {"first": jnp.full(2, loss(params, valid)), "final": final, "clipped": rates[3::3]}
 
     # One run after the other: for matrices this small that takes 0.7 of the time of `vmap`.
     return jax.jit(lambda *runs: jax.lax.map(lambda one: run(*one), runs))
+
+
+def events(opt_state: Any) -> jax.Array:
+    """In how many steps something was clipped, or the step skipped."""
+    if isinstance(opt_state[0], optax.EmptyState):  # there is no clip
+        return jnp.float32(0)
+    seen = gradclip_jax.metrics(opt_state)
+    return seen["skip_count" if "skip_count" in seen else "clip_count"].astype(jnp.float32)
 
 
 # --- all runs of one model and clip ---
@@ -180,7 +268,7 @@ class Runs(NamedTuple):
     """Loss before the first step, [condition, learning rate, seed] as all that follow."""
     final: np.ndarray
     clipped: np.ndarray
-    """Part of the steps in which a norm was above its limit."""
+    """Part of the steps that were clipped or skipped."""
 
 
 def results_of(
@@ -188,16 +276,16 @@ def results_of(
 ) -> Runs:
     """Trains a model behind a clip; `done` is called after each learning rate."""
     task = MODELS[name]
-    train = trainer(task, CLIPS[clip](settings["max_norm"]), corpus, settings["steps"])
-    corrupted, seeds = np.divmod(np.arange(2 * SEEDS), SEEDS)
+    clipped_by = functools.partial(CLIPS[clip], settings["max_norm"])
+    train = trainer(task, clipped_by, corpus, settings["steps"])
     found = []
     for learning_rate in task.learning_rates:
-        rates = np.full(2 * SEEDS, learning_rate, np.float32)
-        found.append(jax.device_get(train(rates, seeds, corrupted == 1)))
+        rates = np.full(task.seeds, learning_rate, np.float32)
+        found.append(jax.device_get(train(rates, np.arange(task.seeds))))
         done()
     arrays = {}
     for field in Runs._fields:
-        stacked = np.stack([one[field].reshape(2, SEEDS) for one in found], axis=1)
+        stacked = np.stack([one[field].T for one in found], axis=1)
         arrays[field] = np.where(np.isfinite(stacked), stacked, np.nan).astype(float)
     return Runs(**arrays)
 
@@ -220,7 +308,8 @@ def load(file: Path, settings: Mapping[str, Any]) -> Runs | None:
         content = json.loads(file.read_bytes())
         differing = [key for key in settings if content["settings"][key] != settings[key]]
         runs = Runs(*(np.array(content[field], float) for field in Runs._fields))
-        shape = (len(CONDITIONS), len(content["settings"]["learning_rates"]), SEEDS)
+        saved = content["settings"]
+        shape = (len(CONDITIONS), len(saved["learning_rates"]), saved["seeds"])
         if any(array.shape != shape for array in runs):
             raise ValueError(f"arrays that are not {shape}")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -320,33 +409,43 @@ TEXT = """\
 
 {versions}, Python {python}, {machine}. Date: {date}.
 
-Characters of {text}, {units} units, batches of {batch} × {length} characters,
-{steps} steps, {seeds} seeds. The LSTM (1 layer) is trained by SGD, the Transformer (2 layers) by
-AdamW with b2 0.999; learning rates are constant and there is no warm-up. Clips have the defaults of
-the library and none was tuned; `constant` is `clip_by_global_norm({max_norm:g})`, and
-`capped-percentile` has the lower of both limits,
-`limits.minimum(limits.percentile(95.0), {max_norm:g})`.
+Characters of {text}, batches of {batch} × {length} characters; learning rates are
+constant and there is no warm-up. Clips have the defaults of the library and none was tuned:
+`constant` is `clip_by_global_norm({max_norm:g})`, `capped-percentile`
+`limits.minimum(limits.percentile(95.0), {max_norm:g})`, `skip-spikes`
+`skip_spikes(optimizer, grad_norm=limits.deviation())`, `stable-spam`
+`chain(stable_spam_clip(), stable_spam_norm())` and `update-rms` `clip_update_rms(optimizer)`; the
+last two are for Adam.
 
-In the corrupted runs one step in {period} is corrupted, from step {first} on, when all windows and
-warm-ups are over: its characters are random, and its loss is multiplied by {gain:g}.
+In the corrupted runs some steps, after the windows and warm-ups, are corrupted: the characters are
+random, and the loss is multiplied by {gain:g}.
 
-Losses are nats per character on a piece of the validation text, averaged over the last three of the
-evaluations that come every {every} steps. A learning rate trains well when all seeds end within
-10 % of the best mean loss of any clip without corruption. A run diverges when it ends above its
-loss before training or without a finite one, a learning rate when one of its seeds does.
+Losses are nats per character on a piece of the validation text, averaged over three evaluations:
+after the last step, and one and two intervals before. A learning rate trains well when all seeds
+end within 10 % of the best mean loss of any clip without corruption. A run diverges when it ends
+above its loss before training or without a finite one, a learning rate when one of its seeds does.
 Sensitivity is the mean over learning rates of min(loss, loss before training) − best loss of any
 clip (Wortsman et al. 2023, where it is the best of the same method): less is better. The clip rate
-is the part of the steps in which a norm was above its limit, over all learning rates.
+is the part of the steps that were clipped or skipped, over all learning rates; of `stable-spam`
+those in which elements were clipped.
 """
 
 
-def report(all_runs: Mapping[str, Mapping[str, Runs]], **facts: Any) -> str:
+def report(
+    all_runs: Mapping[str, Mapping[str, Runs]], steps: int | None = None, **facts: Any
+) -> str:
     """The tables of each model, and what they were made with."""
     parts = [TEXT.format(**facts)]
     for name, runs in all_runs.items():
-        rates = MODELS[name].learning_rates
+        task = MODELS[name]
+        rates = task.learning_rates
         best = best_loss(runs.values())
-        parts.append(f"## {name}\n\nThe best loss of any clip without corruption: {best:.3f}.\n")
+        parts.append(
+            f"## {name}\n\n{task.about}: {steps or task.steps} steps, {task.seeds} "
+            f"{'seed' if task.seeds == 1 else 'seeds'}. In the corrupted runs one step in "
+            f"{task.period} is corrupted, from step {task.first} on. Evaluations come every "
+            f"{task.every} steps. The best loss of any clip without corruption: {best:.3f}.\n"
+        )
         for number, condition in enumerate(CONDITIONS):
             parts.append(f"### {name}, {condition}\n")
             parts.append(table(SUMMARY, summary(rates, runs, number, best)))
@@ -406,7 +505,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         models = selected("--models", args.models, MODELS)
         clips = selected("--clips", args.clips, CLIPS)
-        if args.steps < 3:
+        for name in models:
+            if not taken(name, clips):
+                rule = f"`--clips` must have one that {name} takes, {','.join(MODELS[name].clips)}"
+                raise InputError(f"{rule}, got {args.clips!r}.")
+        if args.steps is not None and args.steps < 3:
             raise InputError(f"`--steps` must be at least 3, got {args.steps}.")
         if not args.max_norm >= 0:
             raise InputError(f"`--max-norm` must be non-negative, got {args.max_norm}.")
@@ -422,8 +525,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         machine=machine(),
         date=datetime.date.today().isoformat(),
         text="the prose that Python ships" if args.data is None else args.data.name,
-        units=UNITS, batch=BATCH, length=LENGTH, steps=args.steps, seeds=SEEDS, every=EVERY,
-        period=PERIOD, first=FIRST, gain=GAIN, max_norm=args.max_norm,
+        batch=BATCH, length=LENGTH, steps=args.steps, gain=GAIN, max_norm=args.max_norm,
     )  # fmt: skip
     write_atomically(args.out / "learning_rate_range.md", text.encode())
     figure(all_runs).savefig(args.out / "learning_rate_range.png", dpi=110)
@@ -438,7 +540,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="DIRECTORY", help="where the results go")
     add("--models", default=",".join(MODELS), help="models, by comma (%(default)s)")
     add("--clips", default=",".join(CLIPS), help="clips, by comma (%(default)s)")
-    add("--steps", type=int, default=STEPS, help="steps of each run (%(default)s)")
+    add("--steps", type=int, help="steps of each run (800; 80 of muon)")
     add(
         "--max-norm",
         type=float,
@@ -484,12 +586,13 @@ def run_all(
     all_runs: dict[str, dict[str, Runs]] = {name: {} for name in models}
     missing = []
     for name in models:
-        for clip in clips:
+        for clip in taken(name, clips):
             settings = {
                 "model": name,
                 "clip": clip,
                 "learning_rates": list(MODELS[name].learning_rates),
-                "steps": args.steps,
+                "steps": args.steps or MODELS[name].steps,
+                "seeds": MODELS[name].seeds,
                 "max_norm": args.max_norm,
                 "text": corpus.digest,
                 "versions": versions(),
@@ -502,7 +605,12 @@ def run_all(
                 all_runs[name][clip] = runs
     for settings, runs in trained(missing, corpus):
         all_runs[settings["model"]][settings["clip"]] = runs
-    return {name: {clip: all_runs[name][clip] for clip in clips} for name in models}
+    return {name: {clip: all_runs[name][clip] for clip in taken(name, clips)} for name in models}
+
+
+def taken(name: str, clips: Sequence[str]) -> list[str]:
+    """Those of the clips that are meant for a model."""
+    return [clip for clip in clips if clip in MODELS[name].clips]
 
 
 def trained(

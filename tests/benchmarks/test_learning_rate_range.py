@@ -1,5 +1,6 @@
 """The benchmark of learning rates: scores, corrupted batches, and how it goes on."""
 
+import functools
 import json
 import math
 
@@ -11,6 +12,8 @@ import optax
 import pytest
 from flax import nnx
 from matplotlib.figure import Figure
+
+import gradclip_jax
 
 
 class Bigram(nnx.Module):
@@ -25,7 +28,9 @@ def bigram_loss(model, tokens):
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
-BIGRAM = benchmark.Task(Bigram, bigram_loss, optax.sgd, (0.5, 8.0))
+BIGRAM = benchmark.Task(
+    Bigram, bigram_loss, optax.sgd, (0.5, 8.0), benchmark.FOR_SGD, "A table, by SGD"
+)
 
 
 @pytest.fixture
@@ -103,32 +108,69 @@ def test_one_step_in_200_is_corrupted():
     gains = []
     steps = (0, 129, 130, 131, 200, 330)
     for step in steps:
-        seen, gain = benchmark.corrupt(tokens, noise, step, True)
+        seen, gain = benchmark.corrupt(BIGRAM, tokens, noise, step, True)
         assert bool(seen.all()) == (gain > 1) == bool(seen.any())
         gains.append(float(gain))
     assert gains == [1, 1, 100, 1, 1, 100]
-    seen, gain = benchmark.corrupt(tokens, noise, 130, False)
+    seen, gain = benchmark.corrupt(BIGRAM, tokens, noise, 130, False)
     assert not seen.any()
     assert gain == 1
 
 
 def test_a_corrupted_batch_is_all_that_differs(text):
     corpus = benchmark.read_corpus(text)
-    train = benchmark.trainer(BIGRAM, optax.identity(), corpus, 140)
-    found = train(np.full(3, 0.5, np.float32), np.zeros(3, int), np.array([False, True, False]))
-    clean, corrupted, again = found["final"].tolist()
-    assert clean == again < corrupted
+
+    def final(**changes):
+        task = BIGRAM._replace(**changes)
+        make = functools.partial(benchmark.CLIPS["none"], 1.0)
+        train = benchmark.trainer(task, make, corpus, 140)
+        return train(np.full(1, 0.5, np.float32), np.zeros(1, int))["final"][0].tolist()
+
+    clean, corrupted = final()
+    assert clean < corrupted
+    # Where the two runs part changes nothing before a corrupted batch.
+    assert final(first=10)[0] == pytest.approx(clean, rel=1e-6)
+    assert final(period=1000, first=999) == pytest.approx([clean, clean], rel=1e-6)
+
+
+def test_a_skipped_step_counts_as_a_clipped_one():
+    params, grads = jnp.zeros(2), jnp.array([3.0, 4.0])
+    for clip, expected in (("none", 0), ("constant", 1)):
+        optimizer = benchmark.CLIPS[clip](1.0, optax.sgd(0.1))
+        _, state = optimizer.update(grads, optimizer.init(params), params)
+        assert benchmark.events(state) == expected
+    guard = gradclip_jax.skip_spikes(optax.sgd(0.1), grad_norm=1.0)
+    _, state = guard.update(grads, guard.init(params), params)
+    assert benchmark.events(state) == 1
+
+
+@pytest.mark.parametrize("clip", benchmark.CLIPS)
+def test_every_clip_is_part_of_a_program(clip, text, standard_promotion):
+    task = BIGRAM._replace(optimizer=optax.adamw)
+    make = functools.partial(benchmark.CLIPS[clip], 1.0)
+    train = benchmark.trainer(task, make, benchmark.read_corpus(text), 6)
+    found = jax.eval_shape(train, np.ones(3, np.float32), np.arange(3))
+    assert {name: x.shape for name, x in found.items()} == dict.fromkeys(
+        benchmark.Runs._fields, (3, 2)
+    )
 
 
 @pytest.mark.parametrize("name", benchmark.MODELS)
-def test_every_model_has_a_loss_and_seven_learning_rates_at_one_ratio(name, standard_promotion):
+def test_every_model_has_a_loss_and_learning_rates_at_one_ratio(name, standard_promotion):
     task = benchmark.MODELS[name]
     tokens = jnp.zeros((2, benchmark.LENGTH + 1), jnp.int32)
     loss = jax.eval_shape(lambda key: task.loss(task.make(10, key), tokens), jax.random.key(0))
     assert loss.shape == ()
     assert loss.dtype == jnp.float32
-    assert len(task.learning_rates) == 7
-    np.testing.assert_allclose(np.diff(np.log2(task.learning_rates)), 1)
+    ratios = np.diff(np.log2(task.learning_rates))
+    np.testing.assert_allclose(ratios, ratios[0])
+    assert set(task.clips) <= set(benchmark.CLIPS)
+
+
+def test_the_transformer_for_muon_has_ten_million_parameters():
+    make = functools.partial(benchmark.MODELS["muon"].make, 97)
+    params = nnx.state(jax.eval_shape(make, jax.random.key(0)), nnx.Param)
+    assert sum(x.size for x in jax.tree.leaves(params)) == pytest.approx(10e6, rel=0.02)
 
 
 def test_every_run_ends_in_tables_and_a_figure(run, out, capsys):
@@ -136,7 +178,7 @@ def test_every_run_ends_in_tables_and_a_figure(run, out, capsys):
     report = (out / "learning_rate_range.md").read_text()
     assert capsys.readouterr().out == report
     assert report.count("\n| constant |") == report.count("\n| none |") == 4
-    assert "3 steps, 3 seeds" in report
+    assert "A table, by SGD: 3 steps, 3 seeds." in report
     assert (out / "learning_rate_range.png").read_bytes().startswith(b"\x89PNG")
     runs = json.loads((out / "bigram_constant.json").read_bytes())
     assert np.shape(runs["final"]) == (2, 2, 3)
@@ -167,16 +209,17 @@ def test_what_is_finished_is_not_trained_again(run, out, monkeypatch):
 
 WIDE_OF_TWO = made_up([[2.1, 2.1, 2.1], [math.nan, 2.0, 9.0]])
 GOOD = {
-    "settings": {"learning_rates": [1.0]},
+    "settings": {"learning_rates": [1.0], "seeds": 3},
     **dict.fromkeys(benchmark.Runs._fields, [[[1.0] * 3]] * 2),
 }
 
 
 def test_not_a_number_survives_saving(tmp_path):
     file = tmp_path / "runs.json"
-    benchmark.save(file, {"learning_rates": [0.5, 8.0]}, WIDE_OF_TWO)
+    settings = {"learning_rates": [0.5, 8.0], "seeds": 3}
+    benchmark.save(file, settings, WIDE_OF_TWO)
     assert "NaN" not in file.read_text()
-    found = benchmark.load(file, {"learning_rates": [0.5, 8.0]})
+    found = benchmark.load(file, settings)
     for left, right in zip(found, WIDE_OF_TWO, strict=True):
         np.testing.assert_array_equal(left, right)
 
@@ -205,6 +248,7 @@ BAD_INPUT = {
     ("--models", "gru"): "`--models` must be some of bigram, each once, got 'gru'.",
     ("--clips", "none,none"): "`--clips` must be some of none,constant,percentile,zclip,adagc,",
     ("--clips", ""): "each once, got ''.",
+    ("--clips", "update-rms"): "`--clips` must have one that bigram takes, none,constant,",
     ("--steps", "2"): "`--steps` must be at least 3, got 2.",
     ("--max-norm", "-1"): "`--max-norm` must be non-negative, got -1.0.",
     ("--max-norm", "nan"): "`--max-norm` must be non-negative, got nan.",
