@@ -152,7 +152,7 @@ def test_under_muon_logits_explode_without_the_clip_and_return_to_the_threshold_
 
 
 def program(text: Path, tmp_path: Path, style: str, *more: str, **axes: int):
-    args = sharded_transformer.command_line().parse_args(options(text, tmp_path, *more))
+    args = sharded_transformer.options().parse_args(options(text, tmp_path, *more))
     corpus = sharded_transformer.load_corpus(text, "char", 10_000, tmp_path)
     made = sharded_transformer.Program(args, STYLES[style](make_mesh(**axes)), 23)
     return made, corpus.train
