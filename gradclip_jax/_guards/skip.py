@@ -77,7 +77,7 @@ def skip_nonfinite(
 
     Args:
       optimizer: The optimizer, clips and `MultiSteps` included. Around `MultiSteps` a micro-step is
-        skipped as if it had never been; within it, one NaN would stay in the sum for ever.
+        skipped as if it had never been; within it, one NaN would stay in the sum forever.
       max_consecutive: Skips in a row after which the guard gives up, a whole number of at least 1:
         then the elements that are not finite become zero and the rest goes through, until a
         gradient is finite again. 16 is ours: a loss scale of 2^16 that halves at every skip comes
@@ -284,7 +284,7 @@ def _mean_loss(extra_args: Any, norm: jax.Array, axis_name: AxisName) -> jax.Arr
 def _finite_norm(
     updates: Any, norm: jax.Array, again: jax.Array, *, measure: Callable[[Any], jax.Array]
 ) -> jax.Array:
-    """The norm, measured again without what is not finite where that is asked for."""
+    """The norm, measured again over the finite elements where that is asked for."""
 
     def by_branch() -> jax.Array:
         # The flag comes from the norm of all devices: each takes the branch, and its collective.

@@ -262,7 +262,7 @@ def _or_raise(
         norm = measured(state)
         if isinstance(norm, Tracer):
             # A debug callback, because nothing waits for its result: a pure one that raises leaves
-            # other devices waiting for ever. In a branch, because the host is slow.
+            # other devices waiting forever. In a branch, because the host is slow.
             jax.lax.cond(
                 jnp.isfinite(norm),
                 lambda norm: None,

@@ -78,7 +78,7 @@ def adagc(
 
     Wang et al., *AdaGC: Improving Training Stability for Large Language Model Pretraining*, 2025,
     https://arxiv.org/abs/2502.11034, algorithm 1, with the numbers of the authors' PyTorch code.
-    We depart in NaN (there a level is NaN for ever), in zeros (there the layer never moves again),
+    We depart in NaN (there a level is NaN forever), in zeros (there the layer never moves again),
     in the 1e-6 that it adds to norms, and in that checkpoints hold the levels.
     """
     ratio = check_above("ratio", ratio, 1)

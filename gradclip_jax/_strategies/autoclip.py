@@ -63,7 +63,7 @@ def autoclip(
     Seetharaman, Wichern, Pardo, Le Roux, *AutoClip: Adaptive Gradient Clipping for Source
     Separation Networks*, MLSP 2020, https://arxiv.org/abs/2007.14469, algorithm 1. We depart from
     it in the window (its history grows without bound), in NaN and infinity (one NaN makes its
-    percentile NaN for ever), and in the 1e-6 that its `clip_grad_norm_` adds to the norm.
+    percentile NaN forever), and in the 1e-6 that its `clip_grad_norm_` adds to the norm.
     """
     return clip_to_limit(
         _percentile_so_far(percentile, window),

@@ -72,7 +72,7 @@ def spam_clip(
 
     Huang et al., *SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training*, ICLR 2025,
     https://arxiv.org/abs/2501.06842, its clip alone. We depart in a v of our own, not Adam's, in no
-    reset of the optimizer's moments, and in v = 0 (there such an element is zero for ever).
+    reset of the optimizer's moments, and in v = 0 (there such an element is zero forever).
     """
     square = constant(check_threshold("threshold", threshold))
     rate = 1 - check_between_0_and_1("decay", decay)

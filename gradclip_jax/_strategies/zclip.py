@@ -64,7 +64,7 @@ def zclip(
     Kumar, Owen, Chowdhury, Güra, *ZClip: Adaptive Spike Mitigation for LLM Pre-Training*, 2025,
     https://arxiv.org/abs/2504.02507, the reciprocal rule with the authors' cap; their modes `mean`,
     `percentile` and `skip_update_on_spike` are compositions (docs, *Papers as compositions*). We
-    depart in NaN (there the mean is NaN for ever), in the floor of sigma (there 1e-6), in zeros.
+    depart in NaN (there the mean is NaN forever), in the floor of sigma (there 1e-6), in zeros.
     """
     cap = constant(check_threshold("max_norm", max_norm))
     return clip_to_limit(
