@@ -107,8 +107,8 @@ def report(
     console.print(f"Plot: {picture}{advice(out)}")
     if len(results) > 1:
         console.print(
-            "Processors round differently, and a run that explodes amplifies it: on another one "
-            "the numbers without the clip are others."
+            "Without the clip the numbers depend on the processor: an exploding run amplifies the "
+            "rounding."
         )
     console.print(conclusion(results, baselines))
 

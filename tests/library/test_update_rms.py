@@ -345,7 +345,7 @@ def init_of(optimizer, **arguments):
         (lambda: clip_update_rms(optax.adam(0.1), on_nonfinite="x"), "`on_nonfinite` must be"),
         (
             lambda: gradclip_jax.from_config({"method": "clip_update_rms"}),
-            r"^`clip_update_rms` wraps an optimizer and is not a clip: `from_config\(…, optimizer\)`",
+            r"^`clip_update_rms` wraps an optimizer and is not a clip: `from_config\(…, opt",
         ),
     ],
 )
