@@ -28,7 +28,7 @@ def acclip(
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Momentum, each element of which is clipped to a moving average of its own moduli.
+    r"""ACClip: momentum, each element of which is clipped to a moving average of its moduli.
 
     $$ m_i \leftarrow \beta_1 m_i + (1 - \beta_1) g_i, \qquad
        \tau_i \leftarrow \beta_2 \tau_i + (1 - \beta_2) |g_i|, \qquad

@@ -40,7 +40,7 @@ def adagc(
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clip all arrays together at first, and then each to a multiple of its own level.
+    r"""AdaGC: clip all arrays together at first, then each to a multiple of its own average.
 
     In the warm-up `max_norm` limits the global norm, and the least norm of an array is its level:
 

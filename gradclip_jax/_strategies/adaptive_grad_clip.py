@@ -22,7 +22,7 @@ def adaptive_grad_clip(
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clip the gradient of each unit to a fraction of the norm of its weights.
+    r"""Adaptive gradient clipping (AGC): clip each unit to a fraction of its weights' norm.
 
     $$ g_u \leftarrow g_u \cdot \min\!\Big(1, \lambda
        \frac{\max(\lVert w_u \rVert, \epsilon)}{\lVert g_u \rVert}\Big) $$

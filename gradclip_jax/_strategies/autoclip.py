@@ -24,7 +24,7 @@ def autoclip(
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clip the gradient to a percentile of its norms so far.
+    r"""AutoClip: clip the gradient to a percentile of its norms so far.
 
     $$ g_t \leftarrow g_t \cdot \min\!\Big(1, \frac{L_t}{\lVert g_t \rVert}\Big), \qquad
        L_t = P_p(\lVert g_{t-W+1} \rVert, \dots, \lVert g_t \rVert) $$

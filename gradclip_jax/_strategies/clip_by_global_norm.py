@@ -24,7 +24,7 @@ def clip_by_global_norm(
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clip the gradient to a global norm.
+    r"""Gradient clipping by global norm: one factor for all arrays keeps the direction.
 
     $$ g \leftarrow g \cdot \min\!\Big(1, \frac{\text{max\_norm}}{\lVert g \rVert_p}\Big), \qquad
        \lVert g \rVert_p = \Big( \sum_{\ell} \sum_i |g_{\ell i}|^p \Big)^{1/p} $$

@@ -15,7 +15,7 @@ from .._types import AxisName, Threshold
 def clip_by_norm(
     max_norm: Threshold, *, axis_name: AxisName = None, on_nonfinite: OnNonfinite = "zero"
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clip each array of the gradient to a norm of its own.
+    r"""Gradient clipping by norm, each array on its own: `clipnorm` in Keras.
 
     $$ g_\ell \leftarrow g_\ell \cdot \min(1, \text{max\_norm} / \lVert g_\ell \rVert_2) $$
 

@@ -36,7 +36,7 @@ def clip_by_value(
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clip each element to a modulus.
+    r"""Gradient clipping by value: clip each element to a modulus.
 
     $$ g_i \leftarrow \min(\max(g_i, -\text{limit}), \text{limit}) $$
 

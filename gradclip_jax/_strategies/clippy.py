@@ -47,7 +47,7 @@ def clippy(
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Shrink the update of each array until no weight moves by more than a share of itself.
+    r"""Clippy: shrink each array's update until each weight moves by at most a share of itself.
 
     $$ u_\ell \leftarrow u_\ell \cdot \min\!\Big(1, \; \min_i \frac{\delta_i}{|u_i|}\Big), \qquad
        \delta_i = \lambda_\text{rel} |w_i| + \lambda_\text{abs} $$

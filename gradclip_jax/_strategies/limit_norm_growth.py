@@ -18,7 +18,7 @@ def limit_norm_growth(
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Hold the norm of each array to a multiple of what it was, as clipped, the step before.
+    r"""Norm-growth limiter (Fira): clip each array to a multiple of its last clipped norm.
 
     $$ g_\ell \leftarrow g_\ell \cdot \min\!\Big(1, \frac{L_\ell}{\lVert g_\ell \rVert}\Big), \qquad
        L_\ell = \max(\gamma x_\ell, \; \varphi \bar x_\ell), \qquad

@@ -39,7 +39,7 @@ def qk_clip(
     alpha: float = 0.5,
     axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Rescale the query and key weights of attention heads whose logits exceed a threshold.
+    r"""QK-clip (MuonClip): rescale query and key weights of heads with too large logits.
 
     $$ W_{q,h} \leftarrow \gamma_h^{\alpha} W_{q,h}, \quad
        W_{k,h} \leftarrow \gamma_h^{1 - \alpha} W_{k,h}, \quad

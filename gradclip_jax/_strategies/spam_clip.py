@@ -36,7 +36,7 @@ def spam_clip(
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clip each element to a multiple of its own root mean square so far.
+    r"""SPAM: clip each element to a multiple of its own root mean square so far.
 
     $$ g_i \leftarrow \operatorname{sign}(g_i) \sqrt{\Theta v_i}
        \;\text{ if } g_i^2 > \Theta v_i, \qquad v_i \leftarrow \beta v_i + (1 - \beta) g_i^2 $$

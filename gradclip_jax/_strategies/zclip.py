@@ -25,7 +25,7 @@ def zclip(
     axis_name: AxisName = None,
     on_nonfinite: OnNonfinite = "zero",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clip a norm whose z-score is too high, the harder the higher it is; and cap the rest.
+    r"""ZClip: clip spikes of the norm by their z-score, the larger the closer to the mean.
 
     $$ z_t = \frac{n_t - \mu}{\sigma}, \qquad
        x_t = \mu + z_\text{max}^2 \sigma / z_t \text{ if } z_t > z_\text{max}, \text{ else } n_t $$
