@@ -26,7 +26,21 @@ FIRST = {
 }
 
 
-class Quiet(SimpleHTTPRequestHandler):
+class Handler(SimpleHTTPRequestHandler):
+    """The files of the site, and one page more, which other tests must not find among them."""
+
+    def __init__(self, *args, page: bytes, **kwargs):
+        self.page = page
+        super().__init__(*args, **kwargs)
+
+    def do_GET(self):
+        if self.path != "/probe":
+            return super().do_GET()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.end_headers()
+        self.wfile.write(self.page)
+
     def log_message(self, format, *args):
         pass
 
@@ -41,12 +55,9 @@ def found(request, built, tmp_path_factory) -> dict:
     )
     values = {"WIDTH": request.param, "PAGES": pages, "QUERIES": list(FIRST)}
     script = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in values.items())
-    probe = site / f"probe-{request.param}.html"
-    probe.write_text(
-        f"<!doctype html><meta charset=utf-8><body><script>{script}{SCRIPT}</script>",
-        encoding="utf-8",
-    )
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    page = f"<!doctype html><meta charset=utf-8><body><script>{script}{SCRIPT}</script>".encode()
+    handler = functools.partial(Handler, directory=str(site), page=page)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     command = [
@@ -54,7 +65,7 @@ def found(request, built, tmp_path_factory) -> dict:
         "--disable-background-networking", "--disable-component-update", "--disable-sync",
         "--hide-scrollbars", "--window-size=1400,1000", "--virtual-time-budget=60000",
         f"--user-data-dir={tmp_path_factory.mktemp('profile')}", "--dump-dom",
-        f"http://127.0.0.1:{server.server_port}/{probe.name}",
+        f"http://127.0.0.1:{server.server_port}/probe",
     ]  # fmt: skip
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
@@ -62,7 +73,6 @@ def found(request, built, tmp_path_factory) -> dict:
         server.shutdown()
         thread.join()
         server.server_close()
-        probe.unlink()
     (text,) = re.findall(r'<pre id="found">(.*?)</pre>', done.stdout, flags=re.DOTALL)
     return json.loads(html.unescape(text))
 
