@@ -33,6 +33,16 @@ def shard_map(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return jax.jit(jax.shard_map(f, **options))
 
 
+def through_orbax(state: Any, template: Any, folder: Path) -> Any:
+    """A state after a way through a checkpoint, restored into one of its kind."""
+    import orbax.checkpoint as ocp  # few tests need it, and it takes a second
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "state", state)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(folder / "state", template)
+
+
 @pytest.fixture(autouse=True)
 def rank_promotion(request):
     """The library promotes no rank; an example writes `x @ w + b`, as its reader would."""

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
+from conftest import through_orbax
 
 from gradclip_jax import acclip, metrics
 
@@ -163,10 +163,7 @@ def test_saved_and_restored_in_the_middle_is_bit_equal(tmp_path):
     clip, stream = acclip(), heavy(3, 40)
     expected, last = run(clip, stream)
     _, state = run(clip, stream[:20])
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", state)
-        checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "state", clip.init(stream[0]))
+    restored = through_orbax(state, clip.init(stream[0]), tmp_path)
     result, end = run(clip, stream[20:], restored)
     chex.assert_trees_all_equal((result, end), (expected[20:], last))
 

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
-from conftest import make_mesh, shard_map
+from conftest import make_mesh, shard_map, through_orbax
 from jax.sharding import PartitionSpec as P
 
 import gradclip_jax
@@ -172,10 +171,7 @@ def test_through_orbax_a_run_continues_bit_for_bit(tmp_path):
     """The authors' clipper is not in the checkpoint: there the warm-up begins anew."""
     first, second = ({key: n[i : i + 150] for key, n in TWO.items()} for i in (0, 150))
     _, _, _, state = run(CLIP, first)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", state)
-        checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "state", state)
+    restored = through_orbax(state, state, tmp_path)
     passed, _, _, end = run(CLIP, second, restored)
     whole, _, _, last = run(CLIP, TWO)
     for key in TWO:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
+from conftest import through_orbax
 from test_recurrences import numpy_ema, stream
 
 import gradclip_jax
@@ -54,10 +54,7 @@ def test_all_limits_joined_continue_bit_for_bit_through_orbax(tmp_path):
     start = joined.init(jnp.zeros(3))
     expected, last = run(norms, start)
     _, middle = run(norms[:20], start)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", middle)
-        checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "state", start)
+    restored = through_orbax(middle, start, tmp_path)
     seen, end = run(norms[20:], restored)
     np.testing.assert_array_equal(seen, expected[20:])
     jax.tree.map(np.testing.assert_array_equal, end, last)

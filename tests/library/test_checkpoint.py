@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
+from conftest import through_orbax
 from flax import serialization
 from registry import STRATEGIES
 
@@ -31,13 +31,6 @@ def trained(optimizer, state, steps):
 
 def through_flax(state, template, tmp_path):
     return serialization.from_bytes(template, serialization.to_bytes(state))
-
-
-def through_orbax(state, template, tmp_path):
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", state)
-        checkpointer.wait_until_finished()
-        return checkpointer.restore(tmp_path / "state", template)
 
 
 @all_strategies

@@ -5,9 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint
 import pytest
-from conftest import make_mesh, shard_map
+from conftest import make_mesh, shard_map, through_orbax
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gradclip_jax import metrics
@@ -300,10 +299,7 @@ def test_saved_and_restored_in_the_middle_is_bit_equal(tmp_path):
     stream = list(spiky(40))
     expected, last = run(clip, stream)
     _, state = run(clip, stream[:20])
-    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", state)
-        checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "state", clip.init(stream[0]))
+    restored = through_orbax(state, clip.init(stream[0]), tmp_path)
     results, state = run(clip, stream[20:], restored)
     chex.assert_trees_all_equal((results, state), (expected[20:], last))
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
+from conftest import through_orbax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import gradclip_jax
@@ -154,10 +154,7 @@ def test_saved_and_restored_it_continues_bit_for_bit(make, tmp_path):
     transformation, stream = make(CLIP), jnp.asarray(STREAM[:10])
     uninterrupted, _ = scanned(transformation, stream)
     saved, _ = scanned(transformation, stream[:5])
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", saved)
-        checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "state", transformation.init(stream[0]))
+    restored = through_orbax(saved, transformation.init(stream[0]), tmp_path)
     chex.assert_trees_all_equal(scanned(transformation, stream[5:], restored)[0], uninterrupted)
 
 

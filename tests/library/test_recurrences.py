@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
-from conftest import make_mesh
+from conftest import make_mesh, through_orbax
 from jax.sharding import PartitionSpec as P
 
 import gradclip_jax
@@ -497,10 +496,7 @@ def test_a_clip_through_orbax_continues_bit_for_bit(tmp_path):
     clip = CLIPS["ema"]()
     expected, _ = run(clip, N)
     _, state = run(clip, N[:5])
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", state)
-        checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "state", clip.init(grads(1.0)))
+    restored = through_orbax(state, clip.init(grads(1.0)), tmp_path)
     rest, _ = run(clip, N[5:], restored)
     assert rest == expected[5:]
 

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
-from conftest import shard_map
+from conftest import shard_map, through_orbax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
 
@@ -130,10 +129,7 @@ def test_one_spike_and_one_nan_in_a_hundred_steps_and_a_restart_between_them(tmp
     assert abs(float(end.skip_limit / calm.skip_limit) - 1) < 0.01
 
     _, saved = run(optimizer, stream[:101])
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", saved)
-        checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "state", optimizer.init(PARAMS))
+    restored = through_orbax(saved, optimizer.init(PARAMS), tmp_path)
     chex.assert_trees_all_equal(run(optimizer, stream[101:], restored)[1], end)
 
 

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint
 import pytest
-from conftest import make_mesh, shard_map
+from conftest import make_mesh, shard_map, through_orbax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 from registry import spectral_by_polynomials as by_polynomials
 
@@ -262,10 +261,7 @@ def test_updates_and_state_may_be_donated_and_saved(make, tmp_path):
     clip = make(1.0)
     grads = {"w": jnp.asarray(matrix([9.0, 1.0]), jnp.float32), "b": jnp.ones(3)}
     expected, state = apply(clip, grads)
-    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", state)
-        checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "state", clip.init(grads))
+    restored = through_orbax(state, clip.init(grads), tmp_path)
     chex.assert_trees_all_equal(restored, state)
     result, _ = jax.jit(clip.update, donate_argnums=(0, 1))(grads, state)
     chex.assert_trees_all_close(result, expected)

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-import orbax.checkpoint as ocp
 import pytest
-from conftest import make_mesh, shard_map
+from conftest import make_mesh, shard_map, through_orbax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import gradclip_jax
@@ -308,10 +307,7 @@ def test_it_may_be_new_around_the_optimizer_of_a_checkpoint(tmp_path):
     state = upgrade_state(saved, fresh)
     jax.tree.map(np.testing.assert_array_equal, state.inner_state, saved)
     jax.tree.map(np.testing.assert_array_equal, upgrade_state(state, saved), saved)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", state)
-        checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "state", fresh)
+    restored = through_orbax(state, fresh, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 

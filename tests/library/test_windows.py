@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
-from conftest import make_mesh
+from conftest import make_mesh, through_orbax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import gradclip_jax
@@ -346,10 +345,7 @@ def test_a_window_goes_through_orbax(tmp_path):
     clip = gradclip_jax.clip_to_limit(ALL, measure=gradclip_jax.leaf_norms)
     grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([jnp.nan])}
     _, state = jax.jit(clip.update)(grads, clip.init(grads))
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", state)
-        checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "state", clip.init(grads))
+    restored = through_orbax(state, clip.init(grads), tmp_path)
     chex.assert_trees_all_equal(restored, state)
 
 
