@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import check_threshold, check_transformation, check_whole_number
+from .._checks import check_transformation, check_whole_number
 from .._clip import Measure, in_update, measured_types
 from .._compiled import compiled
 from .._devices import axis_names, filled_like, varying_like
 from .._export import exportable
 from .._given import GivenNorm
 from .._inject import injectable
-from .._limits import Limit, constant, update_finite
+from .._limits import Limit, as_limit, constant, update_finite
 from .._norms import global_norm, leaf_norms, leaf_sizes
 from .._state import check_trees, check_type, increment_if, overwritten
 from .._types import AxisName, Threshold
@@ -163,14 +163,9 @@ def skip_spikes(
             "`skip_spikes` must have a limit to watch, `grad_norm` or `loss` or both, got neither: "
             "`skip_spikes(optimizer, grad_norm=limits.deviation())`."
         )
-    norm_limit, loss_limit = _limit("grad_norm", grad_norm), _limit("loss", loss)
+    norm_limit = None if grad_norm is None else as_limit(grad_norm, "grad_norm")
+    loss_limit = None if loss is None else as_limit(loss, "loss")
     return _skip(optimizer, norm_limit, loss_limit, max_consecutive, measure, axis_name)
-
-
-def _limit(name: str, limit: Limit | Threshold) -> Limit | None:
-    if limit is None or isinstance(limit, Limit):
-        return limit
-    return constant(check_threshold(name, limit))
 
 
 def _skip(

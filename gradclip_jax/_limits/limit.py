@@ -139,9 +139,9 @@ def update_each(
     return [value for value, _ in found], [state for _, state in found]
 
 
-def as_limit(limit: Limit | Threshold) -> Limit:
-    """A limit as it is, and anything else as a constant."""
-    return limit if isinstance(limit, Limit) else constant(limit)
+def as_limit(limit: Limit | Threshold, name: str = "limit") -> Limit:
+    """A limit as it is, and anything else as a constant; `name` is that of the argument."""
+    return limit if isinstance(limit, Limit) else constant(check_threshold(name, limit))
 
 
 def _filled(value: Any, norm: jax.Array) -> jax.Array:
